@@ -1,0 +1,380 @@
+"""A task: how an event becomes a prompt, which answers exist, and what is done when the model is unsure.
+
+A task is the file an OT engineer edits (``tasks/<name>/task.yaml`` with ``golden.jsonl`` beside it).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edge_agent.contract.event import Event, Scalar, check_event, clean_text
+from edge_agent.errors import PermanentError, RefusedError
+
+MAX_TEXT_CHARS = 512
+Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EventField(_Model):
+    """One line of the rendered event: ``label: value``."""
+
+    field: str
+    label: str = Field(pattern=r"^[^\s:][^\n:]{0,23}$")
+    max_chars: int = Field(default=64, ge=1, le=4000)
+
+
+class Deviation(_Model):
+    """A line computed on the device: by how many percent ``value`` lies beyond ``limit`` (signed, rounded).
+
+    Arithmetic belongs in code: a small model reads "+35 %" far more reliably than it compares two decimals.
+    """
+
+    deviation: str
+    limit: str
+    label: str = Field(pattern=r"^[^\s:][^\n:]{0,23}$")
+
+
+class Prompt(_Model):
+    """Prefix (cached once per model), event lines ordered from stable to volatile, and the answer cue."""
+
+    prefix: str = Field(min_length=1, max_length=4000)
+    event: tuple[EventField | Deviation, ...] = Field(min_length=1)
+    suffix: str = Field(default="answer: ", min_length=1, max_length=64)
+    on_overlong: Literal["truncate", "refuse"] = "truncate"
+
+
+class EnumField(_Model):
+    """A closed choice. Order matters: guards with ``at_least`` read it as ascending."""
+
+    kind: Literal["enum"] = "enum"
+    name: Identifier
+    values: tuple[str, ...] = Field(min_length=1, max_length=256)
+
+
+class BoolField(_Model):
+    """true or false."""
+
+    kind: Literal["boolean"] = "boolean"
+    name: Identifier
+
+
+class IntField(_Model):
+    """An integer in [minimum, maximum]."""
+
+    kind: Literal["integer"] = "integer"
+    name: Identifier
+    minimum: int
+    maximum: int
+
+
+class TextField(_Model):
+    """A string of at most ``max_length`` characters."""
+
+    kind: Literal["string"] = "string"
+    name: Identifier
+    max_length: int = Field(ge=1, le=MAX_TEXT_CHARS)
+
+
+OutputField = EnumField | BoolField | IntField | TextField
+
+
+def parse_output_schema(schema: dict[str, Any]) -> tuple[OutputField, ...]:
+    """Read the supported part of JSON Schema: a closed object of required scalar properties, in order.
+
+    Args:
+        schema: a JSON Schema (2020-12) object.
+
+    Returns:
+        The answer's fields in schema order.
+
+    Raises:
+        PermanentError: ``task.schema_unsupported`` naming the property and the reason; recursion, unbounded
+            strings and open objects are refused here, so that decoding can be valid by construction.
+    """
+
+    def refuse(reason: str) -> PermanentError:
+        return PermanentError("task.schema_unsupported", reason)
+
+    properties = schema.get("properties")
+    if schema.get("type") != "object" or not isinstance(properties, dict) or not properties:
+        raise refuse("output schema must be an object with properties")
+    if schema.get("additionalProperties", False) is not False:
+        raise refuse("output schema must not allow additional properties")
+    if set(schema.get("required", properties)) != set(properties):
+        raise refuse("every property of the output schema must be required")
+    return tuple(_output_field(name, spec, refuse) for name, spec in properties.items())
+
+
+def _output_field(name: str, spec: Any, refuse: Any) -> OutputField:
+    if not isinstance(spec, dict) or any(key.startswith("$") for key in spec):
+        raise refuse(f"property {name!r}: references and recursion are not supported")
+    kind = spec.get("type", "string" if "enum" in spec else None)
+    try:
+        if "enum" in spec:
+            values = spec["enum"]
+            if kind != "string" or not all(isinstance(v, str) and v for v in values):
+                raise refuse(f"property {name!r}: an enum must list non-empty strings")
+            if len(set(values)) != len(values):
+                raise refuse(f"property {name!r}: enum values repeat")
+            return EnumField(name=name, values=tuple(values))
+        if kind == "boolean":
+            return BoolField(name=name)
+        if kind == "integer":
+            if "minimum" not in spec or "maximum" not in spec or spec["minimum"] > spec["maximum"]:
+                raise refuse(f"property {name!r}: an integer needs minimum <= maximum")
+            return IntField(name=name, minimum=spec["minimum"], maximum=spec["maximum"])
+        if kind == "string":
+            if "maxLength" not in spec:
+                raise refuse(f"property {name!r}: a string needs maxLength (at most {MAX_TEXT_CHARS})")
+            return TextField(name=name, max_length=spec["maxLength"])
+    except ValidationError as error:
+        raise refuse(f"property {name!r}: {error.errors()[0]['msg']}") from error
+    raise refuse(f"property {name!r}: type {kind!r} is not supported")
+
+
+class Condition(_Model):
+    """True when the event's field matches: give exactly one of ``equals``, ``in`` or ``contains``."""
+
+    event: str
+    equals: Scalar = None
+    one_of: tuple[Scalar, ...] | None = Field(default=None, alias="in")
+    contains: str | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(x is not None for x in (self.equals, self.one_of, self.contains)) != 1:
+            raise ValueError("a condition needs exactly one of: equals, in, contains")
+        return self
+
+    def holds(self, event: Event) -> bool:
+        """Whether ``event`` satisfies this condition; strings are compared without case."""
+        value = _fold(event.get(self.event))
+        if self.contains is not None:
+            return isinstance(value, str) and self.contains.casefold() in value
+        if self.one_of is not None:
+            return value in {_fold(v) for v in self.one_of}
+        return value == _fold(self.equals)
+
+
+class Effect(_Model):
+    """What a guard enforces on one field: an exact value, or (for enums and integers) a floor."""
+
+    equals: Scalar = None
+    at_least: str | int | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.equals is None) == (self.at_least is None):
+            raise ValueError("an effect needs exactly one of: equals, at_least")
+        return self
+
+
+class Guard(_Model):
+    """A rule that overrides the model. Guards run last and are named in the decision when they change it."""
+
+    name: Identifier
+    when: tuple[Condition, ...] = Field(min_length=1)
+    then: dict[str, Effect] = Field(min_length=1)
+
+
+class Limits(_Model):
+    """Bounds of one decision."""
+
+    max_event_bytes: int = Field(default=16_384, ge=64, le=1_048_576)
+    max_prompt_tokens: int = Field(default=256, ge=16, le=8192)
+
+
+class GoldenExample(_Model):
+    """An event with the answer that every acceptable model must give."""
+
+    event: dict[str, Scalar]
+    decision: dict[str, Scalar]
+
+
+class TaskSpec(_Model):
+    """One task, checked as a whole.
+
+    Raises:
+        pydantic.ValidationError: wrapped by `load_task` as ``task.invalid``.
+    """
+
+    format: Literal[1] = 1
+    name: Identifier
+    version: int = Field(ge=1)
+    description: str = ""
+    prompt: Prompt
+    output: dict[str, Any]
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    deadline_ms: int = Field(default=2000, ge=10, le=600_000)
+    priority: Literal["safety", "normal", "bulk"] = "normal"
+    limits: Limits = Limits()
+    guards: tuple[Guard, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        fields = {f.name: f for f in self.output_fields}
+        for name in self.thresholds:
+            if name not in fields:
+                raise ValueError(f"threshold for unknown field {name!r}")
+        for guard in self.guards:
+            for name, effect in guard.then.items():
+                if name not in fields:
+                    raise ValueError(f"guard {guard.name!r} sets unknown field {name!r}")
+                wanted = effect.equals if effect.at_least is None else effect.at_least
+                if not _accepts(fields[name], wanted):
+                    raise ValueError(f"guard {guard.name!r}: {wanted!r} is not a value of {name!r}")
+        return self
+
+    @property
+    def output_fields(self) -> tuple[OutputField, ...]:
+        """The answer's fields in the order in which they are decoded."""
+        return parse_output_schema(self.output)
+
+    def render(self, event: Event) -> str:
+        """The text that follows the cached prefix: one line a present field, then the answer cue.
+
+        Raises:
+            RefusedError: ``event.no_known_field`` when no field of the template is in the event.
+        """
+        lines: list[str] = []
+        for item in self.prompt.event:
+            text = _deviation_percent(item, event) if isinstance(item, Deviation) else _field_text(item, event)
+            if text:
+                lines.append(f"{item.label}: {text}\n")
+        if not lines:
+            raise RefusedError("event.no_known_field", f"event has none of the fields that task {self.name!r} reads")
+        return "".join(lines) + self.prompt.suffix
+
+    def check_decision(self, decision: dict[str, Any]) -> list[str]:
+        """Reasons why ``decision`` is not an answer of this task; empty when it is valid."""
+        fields = {f.name: f for f in self.output_fields}
+        problems = [f"unknown field {name!r}" for name in decision if name not in fields]
+        for name, field in fields.items():
+            if name not in decision:
+                problems.append(f"field {name!r} is missing")
+            elif not _accepts(field, decision[name]):
+                problems.append(f"field {name!r} cannot be {decision[name]!r}")
+        return problems
+
+    def apply_guards(self, event: Event, decision: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Run every guard in order.
+
+        Returns:
+            The decision after all guards, and the names of those that changed it.
+        """
+        fields = {f.name: f for f in self.output_fields}
+        result = dict(decision)
+        changed: list[str] = []
+        for guard in self.guards:
+            if not all(condition.holds(event) for condition in guard.when):
+                continue
+            before = dict(result)
+            for name, effect in guard.then.items():
+                result[name] = _enforce(fields[name], effect, result[name])
+            if result != before:
+                changed.append(guard.name)
+        return result, changed
+
+
+def load_task(path: Path) -> TaskSpec:
+    """Read ``task.yaml``.
+
+    Raises:
+        PermanentError: ``task.unreadable`` or ``task.invalid``, listing every fault found.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PermanentError("task.unreadable", f"cannot read task file: {error}", path=str(path)) from error
+    return parse_task(text, source=str(path))
+
+
+def parse_task(text: str, *, source: str = "task.yaml") -> TaskSpec:
+    """Parse the text of a task file (raises as `load_task`)."""
+    try:
+        return TaskSpec.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise PermanentError("task.invalid", f"not valid YAML: {error}", path=source) from error
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg']}" for e in error.errors()]
+        raise PermanentError("task.invalid", "; ".join(faults), path=source) from error
+
+
+def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
+    """Read ``golden.jsonl`` and check every example against the task's own schema.
+
+    Raises:
+        PermanentError: ``task.golden_invalid`` with the line number.
+    """
+    examples: list[GoldenExample] = []
+    try:
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            example = GoldenExample.model_validate(json.loads(line))
+            check_event(dict(example.event))
+            problems = task.check_decision(dict(example.decision))
+            if problems:
+                raise ValueError("; ".join(problems))
+            examples.append(example)
+    except OSError as error:
+        raise PermanentError("task.golden_invalid", f"cannot read golden examples: {error}", path=str(path)) from error
+    except (ValueError, RefusedError) as error:
+        raise PermanentError("task.golden_invalid", f"line {number}: {error}", path=str(path)) from error
+    return tuple(examples)
+
+
+def _field_text(item: EventField, event: Event) -> str:
+    value = event.get(item.field)
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return clean_text(str(value), item.max_chars)
+
+
+def _deviation_percent(item: Deviation, event: Event) -> str:
+    value, limit = event.get(item.deviation), event.get(item.limit)
+    if isinstance(value, bool) or isinstance(limit, bool):
+        return ""
+    if not (isinstance(value, int | float) and isinstance(limit, int | float)) or limit == 0:
+        return ""
+    percent = (value - limit) / abs(limit) * 100
+    return f"{max(-999, min(999, round(percent))):+d} %"
+
+
+def _fold(value: Scalar) -> Scalar:
+    return value.casefold().strip() if isinstance(value, str) else value
+
+
+def _accepts(field: OutputField, value: Any) -> bool:
+    match field:
+        case EnumField():
+            return value in field.values
+        case BoolField():
+            return isinstance(value, bool)
+        case IntField():
+            return isinstance(value, int) and not isinstance(value, bool) and field.minimum <= value <= field.maximum
+        case TextField():
+            return isinstance(value, str) and len(value) <= field.max_length
+
+
+def _enforce(field: OutputField, effect: Effect, current: Any) -> Any:
+    if effect.at_least is None:
+        return effect.equals
+    if isinstance(field, EnumField):
+        floor = field.values.index(str(effect.at_least))
+        return field.values[max(floor, field.values.index(current))]
+    if isinstance(field, IntField):
+        return max(int(effect.at_least), current)
+    return effect.at_least
