@@ -1,0 +1,180 @@
+"""The bundle's manifest: what a bundle is, file by file, and what it needs from the machine that runs it.
+
+    bundle/
+      manifest.json           this file; its SHA-256 is the bundle's digest, and what is signed
+      manifest.sig.json       DSSE envelope over the manifest's bytes
+      model/decoder.onnx      (+ external weights)
+      tokenizer.json
+      tasks/<task>/task.yaml  golden.jsonl  calibration.json
+      report.json report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from edge_agent.errors import IntegrityError, PermanentError, RefusedError
+from edge_agent.fs import sha256_file
+
+MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig.json"
+MAX_MANIFEST_BYTES = 1 << 20
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Target = Literal["cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"]
+
+
+class _Model(BaseModel):
+    # Unknown fields are ignored, so that a newer exporter's additions do not strand an older device.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class FileEntry(_Model):
+    """One file of the bundle, by content."""
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts or str(path) != value or "\\" in value:
+            raise ValueError(f"{value!r} does not stay inside the bundle")
+        return value
+
+
+class ModelSpec(_Model):
+    """The graph's shape, as the engine needs it.
+
+    Graph interface 1: inputs ``input_ids`` int64 [batch, seq], ``attention_mask`` int64 [batch, past + seq],
+    ``past_key_values.<layer>.key|value`` [batch, kv_heads, past, head_dim]; outputs ``logits`` float [batch, 1, vocab]
+    (last position only) and ``present.<layer>.key|value``.
+    """
+
+    graph_interface: Literal[1] = 1
+    decoder: str
+    tokenizer: str
+    architecture: str
+    precision: str
+    vocab_size: int = Field(ge=2)
+    num_layers: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    max_context_tokens: int = Field(ge=16)
+    kv_dtype: Literal["float32", "float16"] = "float32"
+    bos_token_id: int | None = None
+    eos_token_id: int
+
+
+class Resources(_Model):
+    """What the bundle asks of the machine."""
+
+    disk_bytes: int = Field(ge=0)
+    ram_bytes: int = Field(ge=0)
+
+
+class Manifest(_Model):
+    """A bundle's identity. Two bundles with equal digests are the same bundle."""
+
+    format: Literal[1] = 1
+    name: Name
+    version: Name
+    target: Target
+    model: ModelSpec
+    tasks: tuple[str, ...] = Field(min_length=1)
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+    minimum_runtime: dict[str, str] = {}
+    resources: Resources
+    quality: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Manifest:
+        paths = [f.path for f in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("a file is listed twice")
+        needed = [self.model.decoder, self.model.tokenizer, *(f"tasks/{t}/task.yaml" for t in self.tasks)]
+        missing = [path for path in needed if path not in paths]
+        if missing:
+            raise ValueError(f"files named but not listed: {', '.join(missing)}")
+        return self
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the files' sizes."""
+        return sum(f.size for f in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes: what is hashed, signed and written."""
+        dumped = self.model_dump(mode="json", exclude_none=True)
+        return (json.dumps(dumped, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def manifest_digest(manifest_bytes: bytes) -> str:
+    """The bundle's digest: hex SHA-256 of the manifest's exact bytes."""
+    return hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def parse_manifest(manifest_bytes: bytes) -> Manifest:
+    """Parse a manifest.
+
+    Raises:
+        RefusedError: ``bundle.format_unsupported`` for another major format.
+        IntegrityError: ``bundle.manifest_invalid`` listing the faults.
+    """
+    if len(manifest_bytes) > MAX_MANIFEST_BYTES:
+        raise IntegrityError("bundle.manifest_invalid", f"manifest exceeds {MAX_MANIFEST_BYTES} bytes")
+    try:
+        parsed = json.loads(manifest_bytes)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError("bundle.manifest_invalid", f"manifest is not JSON: {error}") from error
+    if isinstance(parsed, dict) and parsed.get("format") not in (1, None):
+        raise RefusedError("bundle.format_unsupported", f"manifest format {parsed['format']!r} is newer than this agent")
+    try:
+        return Manifest.model_validate(parsed)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise IntegrityError("bundle.manifest_invalid", faults) from error
+
+
+def read_manifest(bundle: Path) -> tuple[Manifest, str]:
+    """Read ``manifest.json`` of a bundle directory.
+
+    Returns:
+        The manifest and its digest (hex SHA-256).
+
+    Raises:
+        PermanentError: ``bundle.missing`` when the directory or its manifest is not there.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise PermanentError("bundle.missing", f"no bundle at {bundle}: {error.strerror}", path=str(bundle)) from error
+    return parse_manifest(raw), manifest_digest(raw)
+
+
+def verify_files(bundle: Path, manifest: Manifest) -> None:
+    """Hash every listed file. Size first, because it is free and names a truncation plainly.
+
+    Raises:
+        IntegrityError: ``bundle.file_missing``, ``bundle.file_truncated`` or ``bundle.file_corrupt``.
+    """
+    for entry in manifest.files:
+        path = bundle / entry.path
+        if not path.is_file():
+            raise IntegrityError("bundle.file_missing", f"{entry.path} is missing", path=entry.path)
+        size = path.stat().st_size
+        if size != entry.size:
+            raise IntegrityError(
+                "bundle.file_truncated", f"{entry.path} has {size} bytes, not {entry.size}", path=entry.path
+            )
+        if sha256_file(path) != entry.sha256:
+            raise IntegrityError("bundle.file_corrupt", f"{entry.path} differs from its signed hash", path=entry.path)

@@ -1,0 +1,96 @@
+"""MQTT topic names (contract v1). The only place where a topic is spelled."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from edge_agent.errors import PermanentError
+
+_LEVEL = re.compile(r"^[^/+#\x00-\x1f$][^/+#\x00-\x1f]{0,63}$")
+_PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
+
+
+def check_level(value: str, what: str) -> str:
+    """One topic level: no wildcard, no slash, no control character.
+
+    Raises:
+        PermanentError: ``topic.invalid``.
+    """
+    if not _LEVEL.match(value):
+        raise PermanentError("topic.invalid", f"{what} {value!r} cannot be an MQTT topic level")
+    return value
+
+
+@dataclass(frozen=True)
+class NodeTopics:
+    """Topics of one node, ``edge/v1/<site>/<node>/…``."""
+
+    site: str
+    node: str
+
+    def __post_init__(self) -> None:
+        check_level(self.site, "site")
+        check_level(self.node, "node")
+
+    @property
+    def base(self) -> str:
+        return f"edge/v1/{self.site}/{self.node}"
+
+    @property
+    def status(self) -> str:
+        return f"{self.base}/status"
+
+    @property
+    def meta(self) -> str:
+        return f"{self.base}/meta"
+
+    @property
+    def model_desired(self) -> str:
+        return f"{self.base}/model/desired"
+
+    @property
+    def model_reported(self) -> str:
+        return f"{self.base}/model/reported"
+
+    @property
+    def events_filter(self) -> str:
+        """Subscription filter for ``events/<task>``."""
+        return f"{self.base}/events/+"
+
+    @property
+    def deadletter(self) -> str:
+        """Where an event that cannot be decided is reported (not retained, QoS 1)."""
+        return f"{self.base}/deadletter"
+
+    def events(self, task: str) -> str:
+        return f"{self.base}/events/{check_level(task, 'task')}"
+
+    def tele(self, kind: str) -> str:
+        """``tele/hw``, ``tele/inference`` or ``tele/queue``."""
+        return f"{self.base}/tele/{kind}"
+
+    def alarm(self, kind: str) -> str:
+        return f"{self.base}/alarm/{check_level(kind, 'alarm')}"
+
+    def task_of(self, topic: str) -> str | None:
+        """The task of an ``events/<task>`` topic of this node, else None."""
+        prefix = f"{self.base}/events/"
+        task = topic.removeprefix(prefix)
+        return task if topic.startswith(prefix) and task and "/" not in task else None
+
+
+def decision_topic(template: str, levels: dict[str, str]) -> str:
+    """Fill a Unified Namespace template such as ``{enterprise}/{site}/{area}/{line}/{cell}/_edgeai/{task}``.
+
+    Raises:
+        PermanentError: ``topic.invalid`` for an unknown placeholder or a value that is not a topic level.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in levels:
+            raise PermanentError("topic.invalid", f"unknown placeholder {{{name}}} in topic template")
+        return check_level(levels[name], name)
+
+    return _PLACEHOLDER.sub(fill, template)
