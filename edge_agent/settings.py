@@ -1,0 +1,242 @@
+"""Settings of the daemon: command line over environment over file over defaults, checked as a whole.
+
+File: TOML, ``/etc/edge-agent/config.toml`` or ``--config``. Environment: ``EDGE_AGENT_MQTT__HOST=broker``. Command line:
+``--mqtt.host broker``. Sections are frozen and handed to the part that needs them.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from edge_agent.contract.topics import check_level, decision_topic
+from edge_agent.errors import PermanentError
+
+DEFAULT_CONFIG = Path("/etc/edge-agent/config.toml")
+ENV_PREFIX = "EDGE_AGENT_"
+DECISION_LEVELS = ("enterprise", "site", "area", "line", "cell", "node", "task")
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NodeSettings(_Section):
+    """Who and where this node is; the levels of the Unified Namespace."""
+
+    enterprise: str = "enterprise"
+    site: str = "site"
+    area: str = "area"
+    line: str = "line"
+    cell: str = "cell"
+    name: str = Field(default="node", description="unique within the site; the MQTT client id is derived from it")
+    decision_topic: str = "{enterprise}/{site}/{area}/{line}/{cell}/_edgeai/{task}"
+
+    @field_validator("enterprise", "site", "area", "line", "cell", "name")
+    @classmethod
+    def _is_level(cls, value: str) -> str:
+        try:
+            return check_level(value, "name")
+        except PermanentError as error:
+            raise ValueError(error.detail) from error
+
+    @field_validator("decision_topic")
+    @classmethod
+    def _is_template(cls, value: str) -> str:
+        try:
+            decision_topic(value, dict.fromkeys(DECISION_LEVELS, "x"))
+        except PermanentError as error:
+            raise ValueError(error.detail) from error
+        return value
+
+    def decision_topic_for(self, task: str) -> str:
+        """Where decisions of ``task`` are published."""
+        levels = {name: getattr(self, name) for name in DECISION_LEVELS[:5]}
+        return decision_topic(self.decision_topic, {**levels, "node": self.name, "task": task})
+
+
+class EventSource(_Section):
+    """A topic beside ``events/<task>`` whose messages are events of ``task``."""
+
+    topic: str = Field(min_length=1, max_length=512)
+    task: str
+
+
+class MqttSettings(_Section):
+    """The one management connection."""
+
+    host: str = "localhost"
+    port: int = Field(default=1883, ge=1, le=65535)
+    protocol: Literal["auto", "5", "3.1.1"] = Field(default="auto", description="auto: MQTT 5, then 3.1.1")
+    username: str | None = None
+    password: SecretStr | None = None
+    password_file: Path | None = Field(default=None, description="preferred to password: not seen by other processes")
+    tls: bool = False
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    keepalive_s: int = Field(default=30, ge=5, le=3600)
+    connect_timeout_s: Positive = 10.0
+    reconnect_max_s: Positive = 60.0
+    session_expiry_s: int = Field(default=7 * 24 * 3600, ge=0)
+    max_inflight: int = Field(default=20, ge=1, le=1000)
+    max_packet_bytes: int = Field(default=262_144, ge=1024, description="larger incoming packets are refused")
+    sources: tuple[EventSource, ...] = ()
+
+    @model_validator(mode="after")
+    def _tls_files_make_sense(self) -> MqttSettings:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("give password or password_file, not both")
+        return self
+
+
+class SpoolSettings(_Section):
+    """Inbox, outbox and dead letters: one SQLite file."""
+
+    inbox_max_events: int = Field(default=10_000, ge=1)
+    outbox_max_bytes: int = Field(default=64 << 20, ge=65_536)
+    outbox_max_age_s: Positive = 7 * 24 * 3600.0
+    dead_letters_max: int = Field(default=1000, ge=1)
+    answered_ids_max: int = Field(default=100_000, ge=1000, description="remembered to recognise redeliveries")
+    drain_per_s: Positive = Field(default=500.0, description="rate at which the outbox drains after a reconnect")
+
+
+class WorkerSettings(_Section):
+    """The inference worker process."""
+
+    threads: int = Field(default=0, ge=0, le=256, description="0: half the cores, at least one, at most four")
+    memory_limit_bytes: int = Field(default=2 << 30, ge=64 << 20, description="address-space growth past the load")
+    start_timeout_s: Positive = 60.0
+    restart_backoff_max_s: Positive = 30.0
+
+
+class UpdateSettings(_Section):
+    """Where releases come from and what a candidate must prove."""
+
+    registry_url: str | None = Field(default=None, description="base URL of the registry: https, http or file")
+    trust_dir: Path = Field(default=Path("/etc/edge-agent/trust"), description="root.json, desired*.pem, publisher*.pem")
+    target: Literal["cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"] | None = None
+    reserve_disk_bytes: int = Field(default=64 << 20, ge=0)
+    bandwidth_bytes_per_s: int = Field(default=0, ge=0, description="0: unlimited")
+    trial_p95_ms_max: Positive = 2000.0
+    trial_rss_bytes_max: int = Field(default=2 << 30, ge=64 << 20)
+    probation_error_rate_max: float = Field(default=0.02, ge=0, le=1)
+    probation_worker_deaths_max: int = Field(default=1, ge=0, description="more than this many roll back")
+    probation_p95_ms_max: Positive = 2000.0
+
+    @field_validator("registry_url")
+    @classmethod
+    def _known_scheme(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("https://", "http://", "file://")):
+            raise ValueError("must start with https://, http:// or file://")
+        return value
+
+
+class TelemetrySettings(_Section):
+    """Metrics on ``tele/*``."""
+
+    period_s: Positive = 30.0
+
+
+class LogSettings(_Section):
+    """Structured logs on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Settings(BaseSettings):
+    """Everything the daemon can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
+
+    state_dir: Path = Path("/var/lib/edge-agent")
+    node: NodeSettings = NodeSettings()
+    mqtt: MqttSettings = MqttSettings()
+    spool: SpoolSettings = SpoolSettings()
+    worker: WorkerSettings = WorkerSettings()
+    update: UpdateSettings = UpdateSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment above the file (which arrives as init settings); no dotenv, no secrets directory."""
+        return env_settings, init_settings
+
+
+def load_settings(config: Path | None, arguments: Sequence[str] = ()) -> Settings:
+    """Read all sources and check them together.
+
+    Args:
+        config: a TOML file; None reads `DEFAULT_CONFIG` if it exists.
+        arguments: command-line overrides such as ``["--mqtt.host", "broker"]``.
+
+    Returns:
+        Frozen settings.
+
+    Raises:
+        PermanentError: ``settings.unreadable`` for the file, ``settings.invalid`` listing every bad setting.
+    """
+    from_file = _read_toml(config)
+    try:
+        cli: CliSettingsSource[Any] = CliSettingsSource(
+            Settings, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_prog_name="edge-agent run"
+        )
+        return _with_sources(from_file, cli)
+    except SettingsError as error:
+        raise PermanentError("settings.invalid", str(error)) from error
+    except ValidationError as error:
+        # The value is left out of the message: it may be a password.
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False)]
+        raise PermanentError("settings.invalid", "; ".join(faults), faults=faults) from error
+
+
+def _with_sources(from_file: dict[str, Any], cli: CliSettingsSource[Any]) -> Settings:
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return cli, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    return Sourced()
+
+
+def _read_toml(config: Path | None) -> dict[str, Any]:
+    path = config or DEFAULT_CONFIG
+    if config is None and not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PermanentError("settings.unreadable", f"cannot read {path}: {error}", path=str(path)) from error
