@@ -61,6 +61,20 @@ def copy_durable(source: Path, target: Path) -> None:
         raise from_os_error(error, f"copying {source.name}") from error
 
 
+def move_durable(temporary: Path, target: Path) -> None:
+    """Give a finished, fsynced file its name: atomic for readers, durable when it returns.
+
+    Args:
+        temporary: a file (or directory) on the same file system, its content already fsynced.
+        target: the name that readers look for; an existing file is replaced.
+    """
+    try:
+        temporary.replace(target)
+        fsync_dir(target.parent)
+    except OSError as error:
+        raise from_os_error(error, f"naming {target.name}") from error
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in chunks of 1 MiB."""
     digest = hashlib.sha256()
