@@ -1,0 +1,70 @@
+# Bare `make` lists the targets. Everything lives in .venv; a second call installs nothing again.
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/pip --disable-pip-version-check --quiet
+TORCH   := torch==2.13.0
+BUNDLE  := export/reference/bundle
+STAMPS  := $(VENV)/.stamps
+
+DEMO_ARGS  ?=
+TEST_ARGS  ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench reference docs format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/demo ## the whole path on one machine: plant, device, updates (DEMO_ARGS="--seconds 40 --json out.json")
+	$(BIN)/edge-deploy demo $(DEMO_ARGS)
+
+test: $(STAMPS)/dev ## the whole test suite (TEST_ARGS="-k spool")
+	@scripts/debian_packages.sh $$(scripts/test_packages.sh) || echo "tests that need them are reported as not run"
+	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(STAMPS)/dev ## format, lint, types, import rules, Ansible and systemd files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	scripts/check_ansible.sh $(BIN)
+	scripts/check_units.sh
+
+bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this machine
+	$(BIN)/edge-agent bench --bundle $(BUNDLE) $(BENCH_ARGS)
+
+reference: $(STAMPS)/dev ## train the reference model and build its bundle from nothing (an hour on two cores)
+	$(BIN)/python -m export.reference
+
+docs: $(STAMPS)/dev ## regenerate the pages that are made from code
+	$(BIN)/python scripts/configuration_page.py > docs/configuration.md
+
+format: $(STAMPS)/dev ## put every file into the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what these targets made, the environment too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache out.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@test -x $(BIN)/python || scripts/make_venv.sh $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/demo: $(STAMPS)/venv pyproject.toml
+	@echo "installing the device and the demo (no torch)"
+	@$(PIP) install --editable '.[fleet,demo]'
+	@touch $@
+
+# First and alone: resolved together with the rest, torch may bring several GB of GPU libraries.
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo "installing $(TORCH)"
+	@$(PIP) install '$(TORCH)'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
+	@echo "installing everything that tests and checks need"
+	@$(PIP) install --editable '.[export,fleet,demo,dev]'
+	@touch $(STAMPS)/demo $@
