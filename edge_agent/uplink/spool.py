@@ -1,0 +1,401 @@
+"""Inbox, outbox and dead letters of one node, in one SQLite file.
+
+Rules:
+- ``accept`` returns only when the event is durable; the caller acknowledges afterwards.
+- ``complete`` and ``bury`` remove an event and record what became of it in one transaction: after a power cut an
+  event is either still waiting or answered, never both and never neither.
+- An event id that waits or was answered is a duplicate: acknowledged, counted, not answered again.
+- Everything is bounded. What is dropped to keep a bound is counted by reason and, where it was an event, becomes a
+  dead letter.
+- There is no edge from an outbox row back to an event: a decision that cannot be delivered is never decided again.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from edge_agent.contract.event import MAX_EVENT_BYTES
+from edge_agent.contract.messages import DeadLetter, ErrorInfo, QueueTelemetry, now_ms
+from edge_agent.errors import EdgeError, PermanentError, RefusedError, TransientError
+from edge_agent.settings import SpoolSettings
+from edge_agent.uplink.records import (
+    KLASSES,
+    LANES,
+    Acceptance,
+    Accepted,
+    BuriedEvent,
+    Duplicate,
+    InboxEvent,
+    OutboundMessage,
+    Priority,
+    QueuedMessage,
+)
+from edge_agent.uplink.spool_rows import (
+    InboxRow,
+    add_count,
+    as_text,
+    enqueue,
+    inbox_row,
+    is_known,
+    message_of,
+    total,
+)
+from edge_agent.uplink.spool_store import SpoolStore
+
+MAX_ATTEMPTS = 2
+CLOCK_FLOOR_MS = 1_704_067_200_000  # 2024-01-01: a row stamped earlier was written before the clock was set
+# Alarms and decisions are kept for the whole configured age; a metric that old describes nothing any more.
+_AGE_SHARE = {"decision": 1.0, "alarm": 1.0, "telemetry": 1 / 168}
+
+
+class Spool:
+    """Durable queues between the broker and the worker. All methods may be called from any thread.
+
+    Args:
+        path: the SQLite file; created when missing, moved aside when corrupt.
+        settings: bounds.
+        deadletter_topic: where buried events are announced (QoS 1); None announces only what ``bury`` is given.
+
+    Attributes:
+        inbox_changed: set whenever an event was accepted; whoever waits on it clears it before looking.
+        outbox_changed: set whenever a message was queued.
+
+    Raises:
+        TransientError: ``disk.full`` or ``spool.busy``.
+        PermanentError: ``spool.newer_schema``, ``spool.unusable`` or a ``disk.*`` code.
+    """
+
+    def __init__(self, path: Path, settings: SpoolSettings, *, deadletter_topic: str | None = None) -> None:
+        self._settings = settings
+        self._deadletter_topic = deadletter_topic
+        self._store = SpoolStore(path)
+        self.inbox_changed = threading.Event()
+        self.outbox_changed = threading.Event()
+        self._leased: set[int] = set()
+        self._uncounted: collections.Counter[str] = collections.Counter()
+
+    def close(self) -> None:
+        """Close the file. Whatever was committed is in it."""
+        self._store.close()
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Put the writes of the enclosed calls behind one commit.
+
+        What they return holds only once this block has been left without an error.
+
+        Raises:
+            TransientError: ``disk.full`` and the like: nothing of the whole batch was written.
+        """
+        with self._store.transaction():
+            yield
+
+    # ---- inbox
+
+    def accept(self, task: str, event_id: str, payload: bytes, priority: Priority, received_ms: int) -> Acceptance:
+        """Take an event into the inbox.
+
+        A full inbox gives up the oldest event of its lowest lane for one of a higher lane (it becomes the dead letter
+        ``inbox.displaced``); otherwise the newcomer is refused.
+
+        Returns:
+            ``Accepted``, or ``Duplicate`` when this id waits already or was answered.
+
+        Raises:
+            TransientError: ``inbox.full``, ``disk.full`` or ``spool.busy``: the event was not taken.
+        """
+        with self._store.transaction() as db:
+            key = (as_text(task), as_text(event_id))
+            if is_known(db, key):
+                add_count(db, "event.duplicate")
+                return Duplicate
+            if self._make_room(db, LANES.index(priority)):
+                db.execute(
+                    "INSERT INTO inbox (task, event_id, payload, lane, received_ms) VALUES (?, ?, ?, ?, ?)",
+                    (*key, payload, LANES.index(priority), received_ms),
+                )
+                self.inbox_changed.set()
+                return Accepted
+            add_count(db, "inbox.full")
+        raise TransientError(
+            "inbox.full", f"the inbox holds {self._settings.inbox_max_events} events and none is of a lower lane"
+        )
+
+    def has_room(self) -> bool:
+        """Whether an event of the lowest lane would be taken now."""
+        with self._store.reading() as db:
+            return total(db, "inbox") < self._settings.inbox_max_events
+
+    def next_event(self) -> InboxEvent | None:
+        """Lease the oldest event of the highest lane that nobody works on; None when there is none.
+
+        The lease lives in memory: end it with ``complete``, ``bury``, ``worker_died`` or ``release``. A crash ends it
+        too, and the event is handed out again.
+        """
+        with self._store.reading() as db:
+            # Leases are few, so skipping over them is cheaper than telling SQLite about them.
+            for row in db.execute(
+                "SELECT id, task, event_id, payload, lane, received_ms, attempts FROM inbox ORDER BY lane, id"
+            ):
+                if row[0] not in self._leased:
+                    self._leased.add(row[0])
+                    return InboxEvent(row[0], row[1], row[2], row[3], LANES[row[4]], row[5], row[6])
+        return None
+
+    def release(self, inbox_id: int) -> None:
+        """Give an event back unanswered; it keeps its place."""
+        self._leased.discard(inbox_id)
+
+    def complete(self, inbox_id: int, messages: Sequence[OutboundMessage]) -> bool:
+        """Replace an event by the messages that answer it, in one transaction.
+
+        Returns:
+            False when the event is no longer in the inbox; then nothing was written.
+
+        Raises:
+            TransientError: ``disk.full`` or ``spool.busy``: the event still waits, under the same lease.
+        """
+        with self._store.transaction() as db:
+            if (row := inbox_row(db, inbox_id)) is None:
+                return False
+            self._remove(db, inbox_id, row)
+            for message in messages:
+                self._enqueue(db, message)
+        self._leased.discard(inbox_id)
+        return True
+
+    def worker_died(self, inbox_id: int) -> bool:
+        """Record that a worker died over this event, and end the lease.
+
+        Returns:
+            True when that was the second time and the event was buried as ``event.poison``.
+        """
+        buried = False
+        with self._store.transaction() as db:
+            db.execute("UPDATE inbox SET attempts = attempts + 1 WHERE id = ?", (inbox_id,))
+            row = inbox_row(db, inbox_id)
+            if row is not None and row[5] >= MAX_ATTEMPTS:
+                error = PermanentError("event.poison", f"the worker died {row[5]} times over this event")
+                buried = self.bury(inbox_id, error) is not None
+                add_count(db, "event.poison")
+        self._leased.discard(inbox_id)
+        return buried
+
+    # ---- dead letters
+
+    def bury(
+        self,
+        inbox_id: int | None,
+        error: EdgeError,
+        message: OutboundMessage | None = None,
+        *,
+        task: str | None = None,
+        event_id: str | None = None,
+        payload: bytes | None = None,
+        received_ms: int | None = None,
+    ) -> int | None:
+        """Make a dead letter of an event: of the inbox, or (``inbox_id`` None) of one that never got there.
+
+        Args:
+            inbox_id: the event's place in the inbox; its own facts are then taken from there.
+            error: why there is no decision.
+            message: announced in the same transaction; None announces on the dead-letter topic.
+            task: as the sender named it, where known.
+            event_id: the event's id, where one could be read.
+            payload: kept up to `MAX_EVENT_BYTES`; larger ones are buried without content.
+            received_ms: wall clock in ms since the epoch; default: now.
+
+        Returns:
+            The dead letter's id, or None when ``inbox_id`` is no longer in the inbox (nothing was written).
+        """
+        with self._store.transaction() as db:
+            lane = LANES.index("normal")
+            if inbox_id is not None:
+                if (row := inbox_row(db, inbox_id)) is None:
+                    return None
+                task, event_id, payload, lane, received_ms = row[:5]
+                self._remove(db, inbox_id, row)
+            when = now_ms() if received_ms is None else received_ms
+            letter_id = self._insert_letter(db, (task, event_id, payload, lane, when), error, message)
+        if inbox_id is not None:
+            self._leased.discard(inbox_id)
+        return letter_id
+
+    def dead_letters(self, limit: int = 100) -> list[BuriedEvent]:
+        """The newest dead letters, newest first."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT id, event_id, task, payload, lane, received_ms, buried_ms, code, kind, detail"
+                " FROM dead_letters ORDER BY id DESC LIMIT ?",
+                (limit,),
+            ).fetchall()
+        return [BuriedEvent(r[0], r[1], r[2], r[3], LANES[r[4]], r[5], r[6], r[7], r[8], r[9]) for r in rows]
+
+    def requeue(self, dead_letter_id: int) -> Acceptance:
+        """Put a dead letter back into the inbox with a clean record; it will be answered even if its id was before.
+
+        Raises:
+            RefusedError: ``deadletter.unknown`` or ``deadletter.no_content``.
+            TransientError: ``inbox.full`` and the like; the dead letter stays.
+        """
+        with self._store.transaction() as db:
+            row = db.execute(
+                "SELECT task, event_id, payload, lane, received_ms FROM dead_letters WHERE id = ?", (dead_letter_id,)
+            ).fetchone()
+            if row is None:
+                raise RefusedError("deadletter.unknown", f"there is no dead letter {dead_letter_id}")
+            task, event_id, payload, lane, received_ms = row
+            if payload is None or task is None:
+                raise RefusedError("deadletter.no_content", f"dead letter {dead_letter_id} has no content to decide on")
+            key = (task, event_id if event_id is not None else f"deadletter-{dead_letter_id}")
+            db.execute("DELETE FROM answered WHERE task = ? AND event_id = ?", key)
+            outcome = self.accept(*key, payload, LANES[lane], received_ms)
+            db.execute("DELETE FROM dead_letters WHERE id = ?", (dead_letter_id,))
+        return outcome
+
+    # ---- outbox
+
+    def enqueue(self, message: OutboundMessage) -> None:
+        """Put a message that answers no event (an alarm) into the outbox."""
+        with self._store.transaction() as db:
+            self._enqueue(db, message)
+
+    def pending(self, limit: int, *, after_seq: int = 0) -> list[QueuedMessage]:
+        """The next ``limit`` messages to send, in the order in which they were queued."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT seq, class_seq, queued_ms, topic, payload, qos, retain, klass, content_type, user_properties"
+                " FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?",
+                (after_seq, limit),
+            ).fetchall()
+        return [QueuedMessage(row[0], row[1], message_of(row[3:]), row[2]) for row in rows]
+
+    def delete(self, seqs: Iterable[int]) -> None:
+        """Forget messages that the broker has acknowledged."""
+        with self._store.transaction() as db:
+            db.executemany("DELETE FROM outbox WHERE seq = ?", [(seq,) for seq in seqs])
+
+    def drop(self, seq: int, error: EdgeError) -> None:
+        """Give up a message that the broker will never take: a dead letter without a task, which cannot be requeued."""
+        with self._store.transaction() as db:
+            row = db.execute("SELECT topic, payload FROM outbox WHERE seq = ?", (seq,)).fetchone()
+            if row is None:
+                return
+            db.execute("DELETE FROM outbox WHERE seq = ?", (seq,))
+            add_count(db, error.code)
+            # No edge from a refused announcement to another announcement: that would never end.
+            if row[0] != self._deadletter_topic:
+                self._insert_letter(db, (None, None, row[1], LANES.index("normal"), now_ms()), error, None)
+
+    def expire(self, now: int | None = None) -> int:
+        """Drop messages beyond the age of their class.
+
+        Args:
+            now: wall clock in ms since the epoch; default: now.
+
+        Returns:
+            How many were dropped.
+        """
+        at = now_ms() if now is None else now
+        dropped = 0
+        with self._store.transaction() as db:
+            for number, klass in enumerate(KLASSES):
+                oldest = at - round(self._settings.outbox_max_age_s * 1000 * _AGE_SHARE[klass])
+                # Before the clock was set nothing has an age; the bound by bytes still holds for such rows.
+                count = db.execute(
+                    "DELETE FROM outbox WHERE klass = ? AND queued_ms >= ? AND queued_ms < ?",
+                    (number, CLOCK_FLOOR_MS, oldest),
+                ).rowcount
+                if count:
+                    add_count(db, f"outbox.expired.{klass}", count)
+                dropped += count
+        return dropped
+
+    # ---- counters
+
+    def count(self, reason: str, n: int = 1) -> None:
+        """Count a drop that happened outside the spool. Never raises: a full disk delays the writing only."""
+        self._uncounted[reason] += n
+        with contextlib.suppress(EdgeError), self._store.transaction() as db:
+            for name, delayed in self._uncounted.items():
+                add_count(db, name, delayed)
+            self._uncounted.clear()
+
+    def counts(self) -> QueueTelemetry:
+        """Depths and every counter since the file was created."""
+        with self._store.reading() as db:
+            totals = dict(db.execute("SELECT name, n FROM totals").fetchall())
+            counters = collections.Counter(dict(db.execute("SELECT name, n FROM counters").fetchall()))
+        return QueueTelemetry(
+            inbox=totals["inbox"],
+            outbox=totals["outbox"],
+            dead_letters=totals["dead_letters"],
+            dropped=dict(sorted((counters + self._uncounted).items())),
+            timestamp_ms=now_ms(),
+        )
+
+    # ---- parts of a transaction
+
+    def _make_room(self, db: sqlite3.Connection, lane: int) -> bool:
+        if total(db, "inbox") < self._settings.inbox_max_events:
+            return True
+        row = db.execute(
+            "SELECT task, event_id, payload, lane, received_ms, id FROM inbox"
+            " WHERE lane > ? AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY lane DESC, id LIMIT 1",
+            (lane, json.dumps(sorted(self._leased))),
+        ).fetchone()
+        if row is None:
+            return False
+        db.execute("DELETE FROM inbox WHERE id = ?", (row[5],))
+        # Not remembered as answered: a sender who repeats it deserves another try.
+        error = TransientError("inbox.displaced", f"displaced by an event of lane {LANES[lane]} from a full inbox")
+        self._insert_letter(db, row[:5], error, None)
+        add_count(db, f"inbox.displaced.{LANES[row[3]]}")
+        return True
+
+    def _remove(self, db: sqlite3.Connection, inbox_id: int, row: InboxRow) -> None:
+        db.execute("DELETE FROM inbox WHERE id = ?", (inbox_id,))
+        newest = db.execute("INSERT OR REPLACE INTO answered (task, event_id) VALUES (?, ?)", row[:2]).lastrowid or 0
+        db.execute("DELETE FROM answered WHERE id <= ?", (newest - self._settings.answered_ids_max,))
+
+    def _insert_letter(
+        self,
+        db: sqlite3.Connection,
+        event: tuple[str | None, str | None, bytes | None, int, int],
+        error: EdgeError,
+        message: OutboundMessage | None,
+    ) -> int:
+        task, event_id, payload, lane, received_ms = event
+        task = None if task is None else as_text(task)[:128]
+        event_id = None if event_id is None else as_text(event_id)
+        kept = payload if payload is not None and len(payload) <= MAX_EVENT_BYTES else None
+        detail = as_text(error.detail)[:1000]
+        newest = db.execute(
+            "INSERT INTO dead_letters (task, event_id, payload, lane, received_ms, buried_ms, code, kind, detail)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (task, event_id, kept, lane, received_ms, now_ms(), error.code, error.kind, detail),
+        ).lastrowid
+        excess = total(db, "dead_letters") - self._settings.dead_letters_max
+        if excess > 0:
+            db.execute(
+                "DELETE FROM dead_letters WHERE id IN (SELECT id FROM dead_letters ORDER BY id LIMIT ?)", (excess,)
+            )
+            add_count(db, "deadletter.trimmed", excess)
+        if message is None and self._deadletter_topic is not None:
+            info = ErrorInfo(code=error.code, type=error.kind, detail=detail)
+            letter = DeadLetter(event_id=event_id, task=task, error=info, received_ms=received_ms)
+            content = letter.model_dump_json().encode()
+            message = OutboundMessage(self._deadletter_topic, content, klass="alarm", content_type="application/json")
+        if message is not None:
+            self._enqueue(db, message)
+        return newest or 0
+
+    def _enqueue(self, db: sqlite3.Connection, message: OutboundMessage) -> None:
+        enqueue(db, message, self._settings.outbox_max_bytes)
+        self.outbox_changed.set()

@@ -1,0 +1,77 @@
+"""SQL of single rows, inside a transaction that the caller holds."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+
+from edge_agent.contract.messages import now_ms
+from edge_agent.uplink.records import KLASSES, OutboundMessage
+
+InboxRow = tuple[str, str, bytes, int, int, int]
+"""task, event_id, payload, lane, received_ms, attempts"""
+
+
+def enqueue(db: sqlite3.Connection, message: OutboundMessage, max_bytes: int) -> None:
+    """Append a message; over ``max_bytes`` drop the oldest of the lowest class, and count each."""
+    number = KLASSES.index(message.klass)
+    name = f"seq.{message.klass}"
+    db.execute("INSERT INTO totals VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET n = n + 1", (name,))
+    db.execute(
+        "INSERT INTO outbox (class_seq, klass, topic, payload, qos, retain, content_type, user_properties,"
+        " size_bytes, queued_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            total(db, name), number, message.topic, message.payload, message.qos, message.retain,
+            message.content_type, json.dumps(message.user_properties), message.size_bytes, now_ms(),
+        ),
+    )  # fmt: skip
+    excess = total(db, "outbox_bytes") - max_bytes
+    if excess <= 0:
+        return
+    victims: list[tuple[int]] = []
+    for seq, klass, size_bytes in db.execute("SELECT seq, klass, size_bytes FROM outbox ORDER BY klass DESC, seq"):
+        if excess <= 0:
+            break
+        victims.append((seq,))
+        excess -= size_bytes
+        add_count(db, f"outbox.full.{KLASSES[klass]}")
+    db.executemany("DELETE FROM outbox WHERE seq = ?", victims)
+
+
+def as_text(value: str) -> str:
+    """The string in a form that UTF-8 can carry."""
+    # A lone surrogate is legal in a JSON escape and illegal in UTF-8, which SQLite and MQTT speak.
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
+def add_count(db: sqlite3.Connection, name: str, n: int = 1) -> None:
+    """Add to a persistent counter."""
+    db.execute("INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n", (name, n))
+
+
+def total(db: sqlite3.Connection, name: str) -> int:
+    """A total that the triggers keep: ``inbox``, ``outbox``, ``outbox_bytes``, ``dead_letters``, ``seq.<class>``."""
+    return int(db.execute("SELECT n FROM totals WHERE name = ?", (name,)).fetchone()[0])
+
+
+def is_known(db: sqlite3.Connection, key: tuple[str, str]) -> bool:
+    """Whether the event (task, event_id) waits in the inbox or is among the remembered answers."""
+    waits = db.execute("SELECT 1 FROM inbox WHERE task = ? AND event_id = ?", key).fetchone()
+    return waits is not None or (
+        db.execute("SELECT 1 FROM answered WHERE task = ? AND event_id = ?", key).fetchone() is not None
+    )
+
+
+def inbox_row(db: sqlite3.Connection, inbox_id: int) -> InboxRow | None:
+    """One row of the inbox, or None when it has left."""
+    row: InboxRow | None = db.execute(
+        "SELECT task, event_id, payload, lane, received_ms, attempts FROM inbox WHERE id = ?", (inbox_id,)
+    ).fetchone()
+    return row
+
+
+def message_of(row: tuple[str, bytes, int, int, int, str | None, str]) -> OutboundMessage:
+    """The message in the columns topic, payload, qos, retain, klass, content_type, user_properties."""
+    topic, payload, qos, retain, klass, content_type, properties = row
+    pairs = tuple((str(name), str(value)) for name, value in json.loads(properties))
+    return OutboundMessage(topic, payload, qos, bool(retain), KLASSES[klass], content_type, pairs)
