@@ -37,13 +37,15 @@ class _Section(BaseModel):
 class NodeSettings(_Section):
     """Who and where this node is; the levels of the Unified Namespace."""
 
-    enterprise: str = "enterprise"
-    site: str = "site"
+    enterprise: str = Field(default="enterprise", description="first level of the Unified Namespace")
+    site: str = Field(default="site", description="also part of every management topic: edge/v1/<site>/<name>/…")
     area: str = "area"
     line: str = "line"
     cell: str = "cell"
     name: str = Field(default="node", description="unique within the site; the MQTT client id is derived from it")
-    decision_topic: str = "{enterprise}/{site}/{area}/{line}/{cell}/_edgeai/{task}"
+    decision_topic: str = Field(
+        default="{enterprise}/{site}/{area}/{line}/{cell}/_edgeai/{task}", description="where decisions are published"
+    )
 
     @field_validator("enterprise", "site", "area", "line", "cell", "name")
     @classmethod
@@ -78,23 +80,23 @@ class EventSource(_Section):
 class MqttSettings(_Section):
     """The one management connection."""
 
-    host: str = "localhost"
+    host: str = Field(default="localhost", description="the broker")
     port: int = Field(default=1883, ge=1, le=65535)
     protocol: Literal["auto", "5", "3.1.1"] = Field(default="auto", description="auto: MQTT 5, then 3.1.1")
     username: str | None = None
     password: SecretStr | None = None
     password_file: Path | None = Field(default=None, description="preferred to password: not seen by other processes")
     tls: bool = False
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
+    ca_file: Path | None = Field(default=None, description="authorities that the broker must be signed by; PEM")
+    cert_file: Path | None = Field(default=None, description="client certificate; PEM, together with key_file")
+    key_file: Path | None = Field(default=None, description="key of the client certificate; PEM")
     keepalive_s: int = Field(default=30, ge=5, le=3600)
-    connect_timeout_s: Positive = 10.0
-    reconnect_max_s: Positive = 60.0
-    session_expiry_s: int = Field(default=7 * 24 * 3600, ge=0)
-    max_inflight: int = Field(default=20, ge=1, le=1000)
+    connect_timeout_s: Positive = Field(default=10.0, description="for the connection and the broker's answer together")
+    reconnect_max_s: Positive = Field(default=60.0, description="longest pause between attempts; full jitter below it")
+    session_expiry_s: int = Field(default=7 * 24 * 3600, ge=0, description="how long the broker keeps events for us")
+    max_inflight: int = Field(default=20, ge=1, le=1000, description="messages sent and not yet acknowledged")
     max_packet_bytes: int = Field(default=262_144, ge=1024, description="larger incoming packets are refused")
-    sources: tuple[EventSource, ...] = ()
+    sources: tuple[EventSource, ...] = Field(default=(), description="tables of topic and task, beside events/<task>")
 
     @model_validator(mode="after")
     def _tls_files_make_sense(self) -> MqttSettings:
@@ -108,10 +110,10 @@ class MqttSettings(_Section):
 class SpoolSettings(_Section):
     """Inbox, outbox and dead letters: one SQLite file."""
 
-    inbox_max_events: int = Field(default=10_000, ge=1)
-    outbox_max_bytes: int = Field(default=64 << 20, ge=65_536)
-    outbox_max_age_s: Positive = 7 * 24 * 3600.0
-    dead_letters_max: int = Field(default=1000, ge=1)
+    inbox_max_events: int = Field(default=10_000, ge=1, description="events that wait; beyond it the drop policy acts")
+    outbox_max_bytes: int = Field(default=64 << 20, ge=65_536, description="messages that wait for the broker")
+    outbox_max_age_s: Positive = Field(default=7 * 24 * 3600.0, description="older messages are dropped, and counted")
+    dead_letters_max: int = Field(default=1000, ge=1, description="events kept that could not be decided")
     answered_ids_max: int = Field(default=100_000, ge=1000, description="remembered to recognise redeliveries")
     drain_per_s: Positive = Field(default=500.0, description="rate at which the outbox drains after a reconnect")
 
@@ -121,23 +123,27 @@ class WorkerSettings(_Section):
 
     threads: int = Field(default=0, ge=0, le=256, description="0: half the cores, at least one, at most four")
     memory_limit_bytes: int = Field(default=2 << 30, ge=64 << 20, description="address-space growth past the load")
-    start_timeout_s: Positive = 60.0
-    restart_backoff_max_s: Positive = 30.0
+    start_timeout_s: Positive = Field(default=60.0, description="from the start of the process to a loaded bundle")
+    restart_backoff_max_s: Positive = Field(default=30.0, description="longest pause before a dead worker's restart")
 
 
 class UpdateSettings(_Section):
     """Where releases come from and what a candidate must prove."""
 
     registry_url: str | None = Field(default=None, description="base URL of the registry: https, http or file")
-    trust_dir: Path = Field(default=Path("/etc/edge-agent/trust"), description="root.json, desired*.pem, publisher*.pem")
+    trust_dir: Path = Field(
+        default=Path("/etc/edge-agent/trust"), description="root.json, desired*.pem, publisher*.pem"
+    )
     target: Literal["cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"] | None = None
-    reserve_disk_bytes: int = Field(default=64 << 20, ge=0)
+    reserve_disk_bytes: int = Field(default=64 << 20, ge=0, description="kept free when a release is fetched")
     bandwidth_bytes_per_s: int = Field(default=0, ge=0, description="0: unlimited")
-    trial_p95_ms_max: Positive = 2000.0
-    trial_rss_bytes_max: int = Field(default=2 << 30, ge=64 << 20)
-    probation_error_rate_max: float = Field(default=0.02, ge=0, le=1)
+    trial_p95_ms_max: Positive = Field(default=2000.0, description="slower candidates are refused")
+    trial_rss_bytes_max: int = Field(default=2 << 30, ge=64 << 20, description="larger candidates are refused")
+    probation_error_rate_max: float = Field(
+        default=0.02, ge=0, le=1, description="share of failed decisions; more rolls back"
+    )
     probation_worker_deaths_max: int = Field(default=1, ge=0, description="more than this many roll back")
-    probation_p95_ms_max: Positive = 2000.0
+    probation_p95_ms_max: Positive = Field(default=2000.0, description="slower decisions roll back")
 
     @field_validator("registry_url")
     @classmethod
@@ -150,7 +156,7 @@ class UpdateSettings(_Section):
 class TelemetrySettings(_Section):
     """Metrics on ``tele/*``."""
 
-    period_s: Positive = 30.0
+    period_s: Positive = Field(default=30.0, description="pause between two messages of a kind")
 
 
 class LogSettings(_Section):
@@ -167,7 +173,9 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
     )
 
-    state_dir: Path = Path("/var/lib/edge-agent")
+    state_dir: Path = Field(
+        default=Path("/var/lib/edge-agent"), description="queues, slots and blobs; survives updates"
+    )
     node: NodeSettings = NodeSettings()
     mqtt: MqttSettings = MqttSettings()
     spool: SpoolSettings = SpoolSettings()
