@@ -64,7 +64,7 @@ class Spool:
 
     Attributes:
         inbox_changed: set whenever an event was accepted; whoever waits on it clears it before looking.
-        outbox_changed: set whenever a message was queued.
+        outbox_changed: set whenever a message was queued; the uplink waits on it.
 
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
