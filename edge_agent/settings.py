@@ -1,7 +1,7 @@
 """Settings of the daemon: command line over environment over file over defaults, checked as a whole.
 
-File: TOML, ``/etc/edge-agent/config.toml`` or ``--config``. Environment: ``EDGE_AGENT_MQTT__HOST=broker``. Command line:
-``--mqtt.host broker``. Sections are frozen and handed to the part that needs them.
+File: TOML, ``/etc/edge-agent/config.toml`` or ``--config``. Environment: ``EDGE_AGENT_MQTT__HOST=broker``.
+Command line: ``--mqtt.host broker``. Sections are frozen and handed to the part that needs them.
 """
 
 from __future__ import annotations
