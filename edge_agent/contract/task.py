@@ -315,6 +315,7 @@ def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
         PermanentError: ``task.golden_invalid`` with the line number.
     """
     examples: list[GoldenExample] = []
+    number = 0  # a file that is not UTF-8 fails before its first line
     try:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             if not line.strip():
@@ -349,8 +350,11 @@ def _deviation_percent(item: Deviation, event: Event) -> str:
         return ""
     if not (isinstance(value, int | float) and isinstance(limit, int | float)) or limit == 0:
         return ""
-    percent = (value - limit) / abs(limit) * 100
-    return f"{max(-999, min(999, round(percent))):+d} %"
+    try:
+        percent = round((value - limit) / abs(limit) * 100)
+    except OverflowError:  # beyond a double: the sign is all that the clamp would have kept
+        percent = 999 if value > limit else -999
+    return f"{max(-999, min(999, percent)):+d} %"
 
 
 def _fold(value: Scalar) -> Scalar:

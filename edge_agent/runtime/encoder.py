@@ -1,0 +1,77 @@
+"""Text to token ids, with one promise: text is only ever text, never a control token.
+
+An event may contain the very string that the model's special token has (``<|im_end|>``). Every added token is
+marked special before the tokenizer is built, and special tokens in text are encoded as the characters they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from edge_agent.errors import PermanentError
+
+
+class TextEncoder:
+    """A tokenizer that cannot be talked into control tokens.
+
+    Args:
+        tokenizer_file: ``tokenizer.json`` in the Hugging Face format.
+        vocab_size: number of ids that the model knows.
+
+    Raises:
+        PermanentError: ``bundle.unsupported`` when this version of the library cannot read the file, or the file
+            names more ids than the model has.
+    """
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int) -> None:
+        try:
+            spec = json.loads(tokenizer_file.read_text("utf-8"))
+            for added in spec.get("added_tokens") or []:
+                added["special"] = True
+            self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises bare Exception
+            raise PermanentError("bundle.unsupported", f"tokenizer cannot be read: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._control_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= vocab_size:
+            raise PermanentError("bundle.unsupported", f"tokenizer has id {largest}, the model only {vocab_size} ids")
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that no text may produce."""
+        return self._control_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``; never a control token.
+
+        Raises:
+            PermanentError: ``tokenizer.failed`` for text that it cannot express.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # lone surrogates arrive as TypeError, the rest as bare Exception
+            raise PermanentError("tokenizer.failed", f"text cannot be tokenised: {error}") from error
+        if not self._control_ids.isdisjoint(ids):
+            raise PermanentError("tokenizer.failed", "text was tokenised into a control token")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``, control tokens left out."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def token_count(self) -> int:
+        """Ids that the tokenizer knows, added tokens included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def spec_json(self) -> str:
+        """The tokenizer as JSON, for the grammar engine that needs every token's bytes."""
+        text: Any = self._tokenizer.to_str()
+        return str(text)

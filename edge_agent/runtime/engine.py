@@ -1,0 +1,183 @@
+"""Events in, answers out, in this process: the one implementation that command line, export and worker share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.contract.event import Event
+from edge_agent.contract.messages import Route
+from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
+from edge_agent.errors import PermanentError, RefusedError
+from edge_agent.runtime.answer import Answer, WorkerFacts
+from edge_agent.runtime.bundle import VerifiedBundle
+from edge_agent.runtime.confidence import load_temperatures
+from edge_agent.runtime.decoder import Decoded, decode
+from edge_agent.runtime.encoder import TextEncoder
+from edge_agent.runtime.grammar import AnswerPlan, compile_plan
+from edge_agent.runtime.guided import GuidedGrammars
+from edge_agent.runtime.memory import rss_bytes
+from edge_agent.runtime.prompt import event_prompt
+from edge_agent.runtime.session import KvCache, ModelSession, resolve_threads
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with everything that does not depend on the event.
+
+    Args:
+        spec: the task.
+        plan: its decisions.
+        temperatures: calibration per field.
+        cache: holds the prefix; every event starts at its end again.
+        prefix_tokens: length of the prefix in the cache.
+        golden: its golden examples.
+    """
+
+    spec: TaskSpec
+    plan: AnswerPlan
+    temperatures: dict[str, float]
+    cache: KvCache
+    prefix_tokens: int
+    golden: tuple[GoldenExample, ...]
+
+
+class Engine:
+    """A loaded bundle. Not thread-safe: one event at a time.
+
+    Args:
+        bundle: verified; nothing else is ever loaded.
+        threads: intra-op threads; 0 chooses by `resolve_threads`.
+
+    Raises:
+        IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
+        PermanentError: ``bundle.unsupported``, ``task.*``, ``worker.out_of_memory``, ``worker.bad_logits``.
+    """
+
+    def __init__(self, bundle: VerifiedBundle, threads: int = 0) -> None:
+        started_s = time.monotonic()
+        self.bundle = bundle
+        self.threads = resolve_threads(threads)
+        model = bundle.manifest.model
+        self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
+        self._session = ModelSession(bundle.path, bundle.manifest, self.threads)
+        self._guided: GuidedGrammars | None = None
+        self._listed = {entry.path for entry in bundle.manifest.files}
+        self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}
+        self._load_s = time.monotonic() - started_s
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that can be decided."""
+        return tuple(self._tasks)
+
+    def facts(self) -> WorkerFacts:
+        """What was loaded, and what it took."""
+        return WorkerFacts(
+            load_s=self._load_s,
+            rss_bytes=rss_bytes() or 0,
+            providers=self._session.providers,
+            tasks=self.tasks,
+            prefix_tokens={name: task.prefix_tokens for name, task in self._tasks.items()},
+            threads=self.threads,
+        )
+
+    def prepared(self, task: str) -> PreparedTask:
+        """The prepared task.
+
+        Raises:
+            RefusedError: ``task.unknown``.
+        """
+        try:
+            return self._tasks[task]
+        except KeyError:
+            known = ", ".join(self._tasks)
+            raise RefusedError("task.unknown", f"no task {task!r} in this bundle; it has: {known}") from None
+
+    def golden(self, task: str) -> list[GoldenExample]:
+        """The task's golden examples (none when the bundle lists no file of them)."""
+        return list(self.prepared(task).golden)
+
+    def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
+        """Decide one event.
+
+        Args:
+            task: one of `tasks`.
+            event: a flat event.
+            deadline_s: seconds from now after which no further pass begins.
+
+        Returns:
+            A schema-valid answer.
+
+        Raises:
+            RefusedError: ``task.unknown``, ``event.*``.
+            PermanentError: ``worker.deadline``, ``worker.bad_logits``, ``worker.out_of_memory``, ``worker.inference``.
+        """
+        started_s = time.monotonic()
+        prepared = self.prepared(task)
+        prompt = event_prompt(prepared.spec, event, self._encoder.encode)
+        prepared.cache.rewind(prepared.prefix_tokens)
+        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, started_s + deadline_s)
+        return _conclude(prepared.spec, event, decoded, truncated=prompt.truncated, started_s=started_s)
+
+    def encode_event(self, task: str, event: Event) -> list[int]:
+        """Token ids of a rendered event, as `decide` would feed them."""
+        return event_prompt(self.prepared(task).spec, event, self._encoder.encode).ids
+
+    def _prepare(self, name: str) -> PreparedTask:
+        folder = self.bundle.path / "tasks" / name
+        spec = load_task(folder / "task.yaml")
+        if spec.name != name:
+            raise PermanentError("task.invalid", f"task {name!r} calls itself {spec.name!r}")
+        plan = compile_plan(spec, self._encoder, self._guided_grammars)
+        prefix = self._prefix(spec)
+        capacity = len(prefix) + spec.limits.max_prompt_tokens + plan.max_tokens
+        limit = self.bundle.manifest.model.max_context_tokens
+        if capacity > limit:
+            raise PermanentError(
+                "task.context_exceeded",
+                f"task {name!r} may need {capacity} tokens (prefix {len(prefix)}, event "
+                f"{spec.limits.max_prompt_tokens}, answer {plan.max_tokens}); the model has {limit}",
+            )
+        cache = self._session.new_cache(capacity)
+        cache.forward(prefix)
+        golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
+        # Only listed files were verified, so only they are read.
+        golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
+        temperatures = load_temperatures(calibration_file, spec) if self._is_listed(calibration_file) else {}
+        return PreparedTask(spec, plan, temperatures, cache, len(prefix), golden)
+
+    def _prefix(self, spec: TaskSpec) -> list[int]:
+        bos = self.bundle.manifest.model.bos_token_id
+        return [*([] if bos is None else [bos]), *self._encoder.encode(spec.prompt.prefix)]
+
+    def _guided_grammars(self) -> GuidedGrammars:
+        if self._guided is None:
+            model = self.bundle.manifest.model
+            self._guided = GuidedGrammars(self._encoder, model.vocab_size, model.eos_token_id)
+        return self._guided
+
+    def _is_listed(self, path: Path) -> bool:
+        return str(path.relative_to(self.bundle.path)) in self._listed
+
+
+def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:
+    unsure = tuple(name for name, floor in task.thresholds.items() if decoded.confidence[name] < floor)
+    decision, guards = task.apply_guards(event, dict(decoded.values))
+    problems = task.check_decision(decision)
+    if problems:
+        # Cannot happen by construction; a decision that reaches a machine is checked all the same.
+        raise PermanentError("worker.invalid_answer", "; ".join(problems))
+    route: Route = "abstained" if unsure else ("rule" if guards else "device")
+    return Answer(
+        decision=decision,
+        confidence=decoded.confidence,
+        route=route,
+        unsure_fields=unsure,
+        guards=tuple(guards),
+        truncated=truncated,
+        passes=decoded.passes,
+        tokens_out=len(decoded.tokens),
+        latency_ms=(time.monotonic() - started_s) * 1000,
+    )

@@ -1,0 +1,238 @@
+"""The model in ONNX Runtime: one graph, and KV caches that are written in place.
+
+A cache is allocated once at its full capacity. The same buffer is bound as ``past`` input and ``present`` output, and
+the attention mask's length alone says how much of it counts. So rolling back is setting a smaller length, and a
+cached prompt prefix is a length to return to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+# Before the import below: the official Linux wheels report usage over the network by default.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from edge_agent.contract.manifest import Manifest, ModelSpec
+from edge_agent.errors import EdgeError, IntegrityError, PermanentError
+
+MAX_DEFAULT_THREADS = 4
+_PROVIDERS = {"cpu-arm64": "CPUExecutionProvider", "cpu-x86_64": "CPUExecutionProvider"}
+_KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
+_LIBRARY_ERRORS = tuple(
+    getattr(ort_errors, name)
+    for name in (
+        "EPFail",
+        "EngineError",
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "ModelLoaded",
+        "NoModel",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+)
+_MEMORY_WORDS = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "cannot allocate memory")
+_CORRUPT_WORDS = (
+    "protobuf parsing failed",
+    "external data",
+    "external initializer",
+    "out of bounds",
+    "can not be read",
+)
+
+Logits = NDArray[np.float32]
+
+
+def resolve_threads(threads: int) -> int:
+    """Number of intra-op threads; 0 means half of the usable cores, at least one, at most four.
+
+    Decoding a small model is bound by memory: on small boards two threads beat four.
+    """
+    if threads > 0:
+        return threads
+    return max(1, min(MAX_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+class ModelSession:
+    """A loaded decoder graph (graph interface 1 of `ModelSpec`).
+
+    Args:
+        bundle: the verified bundle's directory.
+        manifest: which file to load, and the shape that it must have.
+        threads: intra-op threads, at least 1.
+
+    Raises:
+        IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
+        PermanentError: ``bundle.unsupported`` (operator, opset, provider or shape), ``worker.out_of_memory``.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
+        self.spec: ModelSpec = manifest.model
+        _check_runtime(manifest)
+        provider = _PROVIDERS.get(manifest.target)
+        if provider is None or provider not in ort.get_available_providers():
+            available = ", ".join(ort.get_available_providers())
+            raise PermanentError("bundle.unsupported", f"no provider for target {manifest.target}; here: {available}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning threads would heat a fanless gateway between events.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Memory patterns are kept per input shape, and every event has another length.
+        options.enable_mem_pattern = False
+        self._session: Any = _mapped(
+            "loading the model",
+            lambda: ort.InferenceSession(str(bundle / self.spec.decoder), options, providers=[provider]),
+        )
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        _check_interface(self._session, self.spec)
+
+    def new_cache(self, capacity_tokens: int) -> KvCache:
+        """Allocate a cache for at most ``capacity_tokens`` positions.
+
+        Raises:
+            PermanentError: ``worker.out_of_memory``.
+        """
+        return KvCache(self._session, self.spec, capacity_tokens)
+
+
+class KvCache:
+    """Keys and values of one token sequence, and the buffers of its passes.
+
+    Args:
+        session: the loaded graph.
+        spec: its shape.
+        capacity_tokens: most positions it can hold.
+    """
+
+    def __init__(self, session: Any, spec: ModelSpec, capacity_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self.length = 0
+        self._session = session
+        dtype = _KV_DTYPES[spec.kv_dtype]
+        shape = (1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
+        try:
+            # Zeros, not empty: pages are touched now, so that memory which is missing is missed at load.
+            self._buffers = [np.zeros(shape, dtype) for _ in range(2 * spec.num_layers)]
+            self._ids = np.zeros((1, capacity_tokens), np.int64)
+            self._mask = np.ones((1, capacity_tokens), np.int64)
+            self._logits: Logits = np.zeros((1, 1, spec.vocab_size), np.float32)
+        except MemoryError as error:
+            raise PermanentError(
+                "worker.out_of_memory", f"no memory for a cache of {capacity_tokens} tokens"
+            ) from error
+        self._binding: Any = session.io_binding()
+        names = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
+        for name, buffer in zip(names, self._buffers, strict=True):
+            self._bind("input", f"past_key_values.{name}", buffer, shape)
+            self._bind("output", f"present.{name}", buffer, shape)
+        self._bind("output", "logits", self._logits, (1, 1, spec.vocab_size))
+
+    def rewind(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise PermanentError("worker.context", f"cannot rewind from {self.length} to {length} tokens")
+        self.length = length
+
+    def forward(self, tokens: Sequence[int]) -> Logits:
+        """Append ``tokens`` in one pass.
+
+        Args:
+            tokens: ids of the next positions, at least one.
+
+        Returns:
+            Logits after the last of them, float32 (vocab,): a view that the next pass overwrites.
+
+        Raises:
+            PermanentError: ``worker.context`` when they do not fit, ``worker.out_of_memory``, ``worker.inference``.
+        """
+        count = len(tokens)
+        total = self.length + count
+        if not 0 < count <= self.capacity_tokens - self.length:
+            raise PermanentError("worker.context", f"{total} tokens do not fit in {self.capacity_tokens}")
+        self._ids[0, :count] = tokens
+        # Only these two change their shape from pass to pass: (1, count) and (1, past + count).
+        self._bind("input", "input_ids", self._ids, (1, count))
+        self._bind("input", "attention_mask", self._mask, (1, total))
+        _mapped("running the model", lambda: self._session.run_with_iobinding(self._binding))
+        self.length = total
+        logits: Logits = self._logits[0, 0]
+        return logits
+
+    def _bind(self, side: Literal["input", "output"], name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> None:
+        bind = self._binding.bind_input if side == "input" else self._binding.bind_output
+        bind(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
+
+
+def _mapped(doing: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (*_LIBRARY_ERRORS, MemoryError) as error:
+        raise map_library_error(doing, error) from error
+
+
+def map_library_error(doing: str, error: BaseException) -> EdgeError:
+    """An ONNX Runtime error (or `MemoryError`) as one of ours.
+
+    Args:
+        doing: what was being done; "loading the model" distinguishes a bad bundle from a failed run.
+        error: what the library raised.
+
+    Returns:
+        ``worker.out_of_memory``, ``bundle.file_missing``, ``bundle.file_corrupt``, ``bundle.unsupported``, or
+        ``worker.inference`` for a run.
+    """
+    text = str(error)
+    lowered = text.lower()
+    if isinstance(error, MemoryError) or any(word in lowered for word in _MEMORY_WORDS):
+        return PermanentError("worker.out_of_memory", f"{doing}: {text or 'allocation failed'}")
+    if doing != "loading the model":
+        return PermanentError("worker.inference", f"{doing}: {text}")
+    if isinstance(error, ort_errors.NoSuchFile):
+        return IntegrityError("bundle.file_missing", f"{doing}: {text}")
+    if isinstance(error, ort_errors.InvalidProtobuf) or any(word in lowered for word in _CORRUPT_WORDS):
+        return IntegrityError("bundle.file_corrupt", f"{doing}: {text}")
+    return PermanentError("bundle.unsupported", f"{doing}: {text}")
+
+
+def _check_runtime(manifest: Manifest) -> None:
+    needed = manifest.minimum_runtime.get("onnxruntime")
+    if needed is not None and _version(ort.__version__) < _version(needed):
+        raise PermanentError("bundle.unsupported", f"needs onnxruntime {needed}, this is {ort.__version__}")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = text.split("+", maxsplit=1)[0].split(".")[:3]
+    return tuple(int(part) if part.isdigit() else 0 for part in parts)
+
+
+def _check_interface(session: Any, spec: ModelSpec) -> None:
+    halves = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
+    inputs = {i.name: i.shape for i in session.get_inputs()}
+    outputs = {o.name: o.shape for o in session.get_outputs()}
+    expected_inputs = {"input_ids", "attention_mask", *(f"past_key_values.{h}" for h in halves)}
+    expected_outputs = {"logits", *(f"present.{h}" for h in halves)}
+    if set(inputs) != expected_inputs or not expected_outputs <= set(outputs):
+        odd = sorted((set(inputs) ^ expected_inputs) | (expected_outputs - set(outputs)))
+        raise PermanentError("bundle.unsupported", f"graph does not have graph interface 1: {', '.join(odd[:4])}")
+    wanted = {f"past_key_values.{h}": {1: spec.num_kv_heads, 3: spec.head_dim} for h in halves}
+    wanted["logits"] = {1: 1, 2: spec.vocab_size}
+    shapes = {**inputs, "logits": outputs["logits"]}
+    for name, axes in wanted.items():
+        for axis, size in axes.items():
+            found = shapes[name][axis] if len(shapes[name]) > axis else None
+            # A symbolic dimension is a name (or None) and may still turn out right.
+            if isinstance(found, int) and found != size:
+                raise PermanentError("bundle.unsupported", f"{name} has {found} on axis {axis}, manifest says {size}")

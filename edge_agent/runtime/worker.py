@@ -1,0 +1,186 @@
+"""The worker process: one engine behind a socket. Started by `worker_process.WorkerProcess`, never by hand.
+
+A crash, a leak or an exhausted memory limit ends here and leaves the agent alive. The process answers one request at
+a time, ends when its socket closes, and is killed by the kernel when the agent dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.contract.event import Event, check_event
+from edge_agent.errors import EdgeError, PermanentError, TransientError
+from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
+from edge_agent.runtime.frames import FrameChannel, Message, error_message
+from edge_agent.runtime.memory import limit_growth, volunteer_for_oom_kill
+
+EXIT_LOAD_FAILED = 3
+EXIT_OUT_OF_MEMORY = 4
+EXIT_PROTOCOL = 5
+OOM_SCORE_EXTRA = 300
+_PR_SET_PDEATHSIG = 1
+_MEMORY_RESERVE_BYTES = 4 << 20
+
+Progress = Callable[[int, int], None]
+
+
+class Decider(Protocol):
+    """What the worker serves; the real one is `EngineDecider`."""
+
+    def facts(self) -> WorkerFacts:
+        """What was loaded."""
+
+    def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+        """Decide one event."""
+
+    def golden_step_s(self) -> float:
+        """Longest time that one golden example may take, in seconds."""
+
+    def run_golden(self, progress: Progress) -> GoldenOutcome:
+        """Answer all golden examples."""
+
+
+DeciderFactory = Callable[[Path, str, int], Decider]
+
+
+class EngineDecider:
+    """The engine on an installed bundle.
+
+    Args:
+        bundle: its directory.
+        digest: the digest that was verified when it was installed.
+        threads: intra-op threads, 0 = choose.
+    """
+
+    def __init__(self, bundle: Path, digest: str, threads: int) -> None:
+        from edge_agent.runtime.bundle import open_installed_bundle
+        from edge_agent.runtime.engine import Engine
+
+        self._engine = Engine(open_installed_bundle(bundle, digest), threads)
+
+    def facts(self) -> WorkerFacts:
+        """What was loaded."""
+        return self._engine.facts()
+
+    def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+        """Decide one event."""
+        return self._engine.decide(task, event, deadline_s=deadline_s)
+
+    def golden_step_s(self) -> float:
+        """The longest deadline of the bundle's tasks."""
+        return max(self._engine.prepared(name).spec.deadline_ms for name in self._engine.tasks) / 1000
+
+    def run_golden(self, progress: Progress) -> GoldenOutcome:
+        """Answer all golden examples."""
+        from edge_agent.runtime.golden import run_golden
+
+        return run_golden(self._engine, progress)
+
+
+def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDecider) -> int:
+    """Load and serve until the socket closes; returns the exit status."""
+    options = _parse(argv)
+    _tie_to_parent(options.parent)
+    volunteer_for_oom_kill(OOM_SCORE_EXTRA)
+    # The agent decides when to end: a Ctrl-C or a stop of the whole service must not cut an answer short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = FrameChannel(socket.socket(fileno=options.fd))
+    try:
+        decider = factory(options.bundle, options.digest, options.threads)
+        channel.send({"ready": decider.facts().as_dict()})
+    except EdgeError as error:
+        channel.send({"error": error_message(error)})
+        return EXIT_LOAD_FAILED
+    except MemoryError:
+        channel.send({"error": error_message(PermanentError("worker.out_of_memory", "no memory to load the bundle"))})
+        return EXIT_OUT_OF_MEMORY
+    limit_growth(options.memory_limit)
+    return _serve(channel, decider)
+
+
+def _serve(channel: FrameChannel, decider: Decider) -> int:
+    # Freed when memory runs out, so that there is room to say so.
+    reserve: bytearray | None = bytearray(_MEMORY_RESERVE_BYTES)
+    while True:
+        try:
+            request = channel.receive()
+        except EdgeError as error:
+            _log(str(error))
+            return EXIT_PROTOCOL
+        if request is None or request.get("op") == "stop":
+            return 0
+        try:
+            reply = _answer(channel, decider, request)
+        except MemoryError:
+            reserve = None
+            reply = {"error": error_message(_out_of_memory("allocation failed while deciding"))}
+        except EdgeError as error:
+            if error.code == "worker.out_of_memory":
+                reserve = None
+                reply = {"error": error_message(_out_of_memory(error.detail))}
+            else:
+                reply = {"error": error_message(error)}
+        except Exception as error:  # noqa: BLE001 - a defect must cost one event, not the process
+            _log(traceback.format_exc())
+            reply = {"error": error_message(PermanentError("worker.internal", repr(error)[:500]))}
+        channel.send({**reply, "id": request.get("id")})
+        if reserve is None:
+            return EXIT_OUT_OF_MEMORY
+
+
+def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Message:
+    match request.get("op"):
+        case "decide":
+            event = check_event(request["event"])
+            return {"answer": decider.decide(request["task"], event, float(request["deadline_s"])).as_dict()}
+        case "golden":
+            step_s = decider.golden_step_s()
+
+            def progress(done: int, total: int) -> None:
+                channel.send({"progress": [done, total], "step_s": step_s, "id": request.get("id")})
+
+            progress(0, 0)
+            return {"golden": decider.run_golden(progress).as_dict()}
+        case other:
+            raise PermanentError("worker.protocol", f"unknown request {other!r}")
+
+
+def _out_of_memory(detail: str) -> TransientError:
+    # Transient: the next process starts with all of its memory. The agent bounds how often one event may try.
+    return TransientError("worker.out_of_memory", detail)
+
+
+def _tie_to_parent(parent_pid: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above took effect
+        os._exit(0)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="edge_agent.runtime.worker", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--digest", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--memory-limit", type=int, required=True)
+    return parser.parse_args(argv)
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
