@@ -1,0 +1,62 @@
+"""Task folders as they enter a bundle: ``task.yaml`` and ``golden.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
+from edge_agent.errors import RefusedError
+from export.calibrate import CALIBRATION_NAME
+
+TASK_NAME = "task.yaml"
+GOLDEN_NAME = "golden.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """A checked task.
+
+    Args:
+        path: its folder.
+        spec: the parsed ``task.yaml``.
+        golden: its golden examples; empty when the folder has none.
+    """
+
+    path: Path
+    spec: TaskSpec
+    golden: tuple[GoldenExample, ...]
+
+    def files(self) -> dict[str, Path]:
+        """Files that go into the bundle, by path inside it."""
+        names = [name for name in (TASK_NAME, GOLDEN_NAME, CALIBRATION_NAME) if (self.path / name).is_file()]
+        return {f"tasks/{self.spec.name}/{name}": self.path / name for name in names}
+
+
+def open_tasks(folders: Sequence[Path], max_context_tokens: int) -> list[TaskFolder]:
+    """Read and check task folders.
+
+    Args:
+        folders: each holds ``task.yaml``.
+        max_context_tokens: what the model can attend to.
+
+    Raises:
+        PermanentError: ``task.*`` with every fault of a file.
+        RefusedError: ``export.task_repeated`` or ``export.context_too_small``.
+    """
+    tasks: dict[str, TaskFolder] = {}
+    for folder in folders:
+        spec = load_task(folder / TASK_NAME)
+        if spec.name in tasks:
+            raise RefusedError("export.task_repeated", f"two folders hold a task named {spec.name!r}")
+        if spec.limits.max_prompt_tokens >= max_context_tokens:
+            raise RefusedError(
+                "export.context_too_small",
+                f"task {spec.name!r} allows prompts of {spec.limits.max_prompt_tokens} tokens, but the model's context "
+                f"is {max_context_tokens}",
+            )
+        golden_file = folder / GOLDEN_NAME
+        golden = load_golden(golden_file, spec) if golden_file.is_file() else ()
+        tasks[spec.name] = TaskFolder(folder, spec, golden)
+    return list(tasks.values())
