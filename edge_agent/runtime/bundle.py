@@ -93,16 +93,18 @@ def open_installed_bundle(path: Path, expected_digest: str) -> VerifiedBundle:
     return VerifiedBundle(path, manifest, digest)
 
 
-def trust_places(given: Iterable[Path] = ()) -> tuple[Path, ...]:
-    """Where `edge-agent decide` looks for publishers' keys: the package, the user's directory, then ``given``."""
-    return (PACKAGED_KEYS, Path.home() / ".config" / "edge-agent" / "trusted", *given)
+def default_trust_places() -> tuple[Path, ...]:
+    """Where publishers' keys are always looked for: in the package, then in the user's directory."""
+    return (PACKAGED_KEYS, Path.home() / ".config" / "edge-agent" / "trusted")
 
 
-def load_trusted_keys(places: Iterable[Path]) -> list[Ed25519PublicKey]:
+def load_trusted_keys(given: Iterable[Path] = (), *, places: Iterable[Path] | None = None) -> list[Ed25519PublicKey]:
     """Collect public keys.
 
     Args:
-        places: directories (every ``*.pem`` in them; an absent directory holds no keys) or single PEM files.
+        given: further PEM files, or directories of them.
+        places: directories of ``*.pem`` files that are read first; default: `default_trust_places`. An absent one
+            holds no keys.
 
     Returns:
         The keys, in order of place and name.
@@ -110,12 +112,10 @@ def load_trusted_keys(places: Iterable[Path]) -> list[Ed25519PublicKey]:
     Raises:
         PermanentError: ``key.invalid`` naming the file, or ``disk.*`` when it cannot be read.
     """
-    files: list[Path] = []
-    for place in places:
-        if place.is_dir():
-            files.extend(sorted(place.glob("*.pem")))
-        elif place.exists() or place.suffix == ".pem":
-            files.append(place)
+    always = default_trust_places() if places is None else tuple(places)
+    files = [file for place in always for file in sorted(place.glob("*.pem"))]
+    for path in given:
+        files.extend(sorted(path.glob("*.pem")) if path.is_dir() else [path])
     return [_load_key(file) for file in files]
 
 

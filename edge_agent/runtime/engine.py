@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import Route
+from edge_agent.contract.messages import ModelRef, Route
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, WorkerFacts
@@ -68,9 +68,15 @@ class Engine:
         self._load_s = time.monotonic() - started_s
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that can be decided."""
-        return tuple(self._tasks)
+    def tasks(self) -> dict[str, TaskSpec]:
+        """The tasks that can be decided, by name."""
+        return {name: task.spec for name, task in self._tasks.items()}
+
+    @property
+    def model_ref(self) -> ModelRef:
+        """Which model answers."""
+        manifest = self.bundle.manifest
+        return ModelRef(name=manifest.name, version=manifest.version, digest=self.bundle.digest)
 
     def facts(self) -> WorkerFacts:
         """What was loaded, and what it took."""
@@ -78,7 +84,7 @@ class Engine:
             load_s=self._load_s,
             rss_bytes=rss_bytes() or 0,
             providers=self._session.providers,
-            tasks=self.tasks,
+            tasks=tuple(self._tasks),
             prefix_tokens={name: task.prefix_tokens for name, task in self._tasks.items()},
             threads=self.threads,
         )

@@ -26,7 +26,7 @@ def run_golden(engine: Engine, progress: Callable[[int, int], None] | None = Non
     latencies_ms: list[float] = []
     for done, (task, index, example) in enumerate(jobs, start=1):
         expected: dict[str, Any] = dict(example.decision)
-        deadline_s = engine.prepared(task).spec.deadline_ms / 1000
+        deadline_s = engine.tasks[task].deadline_ms / 1000
         try:
             answer = engine.decide(task, dict(example.event), deadline_s=deadline_s)
         except EdgeError as error:

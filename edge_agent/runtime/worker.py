@@ -77,7 +77,7 @@ class EngineDecider:
 
     def golden_step_s(self) -> float:
         """The longest deadline of the bundle's tasks."""
-        return max(self._engine.prepared(name).spec.deadline_ms for name in self._engine.tasks) / 1000
+        return max(task.deadline_ms for task in self._engine.tasks.values()) / 1000
 
     def run_golden(self, progress: Progress) -> GoldenOutcome:
         """Answer all golden examples."""

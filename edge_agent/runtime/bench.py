@@ -1,0 +1,106 @@
+"""What a bundle does on this machine: whole decisions, and the two kinds of pass that they are made of."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edge_agent.contract.event import Event
+from edge_agent.errors import RefusedError
+from edge_agent.runtime.answer import percentile
+from edge_agent.runtime.engine import Engine, PreparedTask
+from edge_agent.runtime.memory import peak_rss_bytes
+
+_PASS_SHARE = 0.15
+_MIN_DECISIONS = 5
+
+
+def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float = 10.0) -> dict[str, Any]:
+    """Measure an engine that has decided nothing yet.
+
+    Args:
+        engine: freshly loaded, so that the first decision is the first.
+        task: which of its tasks.
+        events: decided in turn, over and over.
+        seconds: how long decisions are measured; passes take a further 30 % of it.
+
+    Returns:
+        ``decisions_per_s``, ``p50_ms``, ``p95_ms`` over whole decisions; ``passes`` and ``tokens_out`` as means per
+        decision; ``prefill_tok_per_s`` of passes as long as the mean event and ``decode_tok_per_s`` of one-token
+        passes behind it; ``load_s``, ``first_decision_s`` (load included), ``peak_rss_bytes``, ``threads``,
+        ``decisions``.
+
+    Raises:
+        RefusedError: ``bench.no_events``, or what `Engine.decide` refuses.
+        PermanentError: as `Engine.decide`.
+    """
+    if not events:
+        raise RefusedError("bench.no_events", "there is no event to measure with")
+    prepared = engine.prepared(task)
+    deadline_s = max(prepared.spec.deadline_ms / 1000, seconds)
+    first = engine.decide(task, events[0], deadline_s=deadline_s)
+    latencies_ms: list[float] = []
+    passes = tokens_out = 0
+    started_s = time.monotonic()
+    for event in itertools.cycle(events):
+        elapsed_s = time.monotonic() - started_s
+        if elapsed_s >= seconds and len(latencies_ms) >= _MIN_DECISIONS:
+            break
+        answer = engine.decide(task, event, deadline_s=deadline_s)
+        latencies_ms.append(answer.latency_ms)
+        passes += answer.passes
+        tokens_out += answer.tokens_out
+    elapsed_s = time.monotonic() - started_s
+    decisions = len(latencies_ms)
+    prefill, decode = _pass_rates(engine, task, events, seconds * _PASS_SHARE)
+    load_s = engine.facts().load_s
+    return {
+        "decisions_per_s": decisions / elapsed_s,
+        "p50_ms": percentile(latencies_ms, 0.5),
+        "p95_ms": percentile(latencies_ms, 0.95),
+        "decode_tok_per_s": decode,
+        "prefill_tok_per_s": prefill,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "load_s": load_s,
+        "first_decision_s": load_s + first.latency_ms / 1000,
+        "tokens_out": tokens_out / decisions,
+        "passes": passes / decisions,
+        "threads": engine.threads,
+        "decisions": decisions,
+    }
+
+
+def _pass_rates(engine: Engine, task: str, events: Sequence[Event], seconds: float) -> tuple[float, float]:
+    """Tokens per second of event-sized passes, and of one-token passes at the depth of an answer."""
+    prepared = engine.prepared(task)
+    prompts = [engine.encode_event(task, event) for event in events[:64]]
+    mean_tokens = max(1, round(sum(map(len, prompts)) / len(prompts)))
+    longest = max(prompts, key=len)
+    tokens = (longest * (mean_tokens // len(longest) + 1))[:mean_tokens]
+
+    def prefill() -> int:
+        prepared.cache.rewind(prepared.prefix_tokens)
+        prepared.cache.forward(tokens)
+        return mean_tokens
+
+    def decode() -> int:
+        _step(prepared, prepared.prefix_tokens + mean_tokens, tokens[-1])
+        return 1
+
+    return _rate(prefill, seconds), _rate(decode, seconds)
+
+
+def _step(prepared: PreparedTask, depth: int, token: int) -> None:
+    prepared.cache.rewind(depth)
+    prepared.cache.forward([token])
+
+
+def _rate(run: Callable[[], int], seconds: float) -> float:
+    run()  # the first pass of a shape allocates
+    count = 0
+    started_s = time.monotonic()
+    while (elapsed_s := time.monotonic() - started_s) < seconds or not count:
+        count += run()
+    return count / elapsed_s
