@@ -120,7 +120,7 @@ class Connection:
         self, settings: MqttSettings, identity: Identity, will: Will | None, *, is_v5: bool, wake: threading.Event
     ) -> None:
         self.incoming: queue.Queue[Incoming] = queue.Queue(MAX_UNREAD)
-        self.pubacks: queue.SimpleQueue[Puback] = queue.SimpleQueue()
+        self._pubacks: queue.SimpleQueue[Puback] = queue.SimpleQueue()
         self.overflowed = 0
         self._settings = settings
         self._identity = identity
@@ -233,6 +233,11 @@ class Connection:
                     raise TransientError("mqtt.subscribe_refused", f"broker refused to subscribe {', '.join(refused)}")
                 return
         raise TransientError("mqtt.no_suback", "broker did not answer a subscription")
+
+    @property
+    def pubacks(self) -> queue.SimpleQueue[Puback]:
+        """The broker's answers to what was published, in the order of their arrival."""
+        return self._pubacks
 
     def publish(self, wire: WireMessage, *, qos: int, retain: bool, expiry_s: int | None = None) -> int:
         """Hand one message to the network thread.
@@ -358,7 +363,7 @@ class Connection:
     def _on_publish(
         self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        self.pubacks.put(Puback(mid, reason.value))
+        self._pubacks.put(Puback(mid, reason.value))
         self._wake.set()
 
     @_caught
@@ -393,7 +398,8 @@ def _tls_context(settings: MqttSettings) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
         if settings.cert_file is not None:
-            context.load_cert_chain(settings.cert_file, settings.key_file)
+            # An empty password makes an encrypted key an error; without one OpenSSL would ask on the terminal.
+            context.load_cert_chain(settings.cert_file, settings.key_file, password="")
     except ssl.SSLError as error:
         raise TransientError("mqtt.tls_files", f"certificate or key cannot be used: {error}") from error
     except OSError as error:

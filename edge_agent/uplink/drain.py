@@ -9,17 +9,19 @@ Rules:
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.log import get_logger
 from edge_agent.uplink import faults
 from edge_agent.uplink.cloudevents import JSON, WireMessage, render
-from edge_agent.uplink.connection import Connack, Connection, Puback
+from edge_agent.uplink.connection import Connack, Puback
 from edge_agent.uplink.records import QueuedMessage
 from edge_agent.uplink.spool import Spool
 
@@ -29,6 +31,17 @@ EXPIRE_EVERY_S = 60.0
 # Fixed header, topic and property lengths, packet id; the properties are counted in full below.
 PACKET_OVERHEAD_BYTES = 64
 _log = get_logger(__name__)
+
+
+class Outlet(Protocol):
+    """What the drain needs of a connection."""
+
+    @property
+    def pubacks(self) -> queue.SimpleQueue[Puback]:
+        """Answers that have not been settled yet."""
+
+    def publish(self, wire: WireMessage, *, qos: int, retain: bool, expiry_s: int | None = None) -> int:
+        """Send, and return the packet id (see `Connection.publish`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +98,7 @@ class Drain:
         with self._lock:
             return not (self._retained or self._inflight or self._acked or self._spool.pending(1))
 
-    def step(self, connection: Connection) -> float:
+    def step(self, connection: Outlet) -> float:
         """Settle the PUBACKs that came, then send what may be sent.
 
         Returns:
@@ -106,7 +119,7 @@ class Drain:
 
     # ---- PUBACKs
 
-    def _settle(self, connection: Connection) -> None:
+    def _settle(self, connection: Outlet) -> None:
         while not connection.pubacks.empty():
             puback = connection.pubacks.get_nowait()
             sent = self._inflight.pop(puback.mid, None)
@@ -155,7 +168,7 @@ class Drain:
 
     # ---- sending
 
-    def _send_retained(self, connection: Connection) -> None:
+    def _send_retained(self, connection: Outlet) -> None:
         with self._lock:
             sent = {id(item) for item in self._inflight.values()}
             waiting = [item for item in self._retained.values() if id(item) not in sent]
@@ -165,7 +178,7 @@ class Drain:
             wire = WireMessage(item.topic, item.payload, JSON if item.payload else None, ())
             self._inflight[connection.publish(wire, qos=1, retain=True)] = item
 
-    def _send_outbox(self, connection: Connection, now: float) -> float:
+    def _send_outbox(self, connection: Outlet, now: float) -> float:
         self._allowance = min(self._window, self._allowance + (now - self._allowed_at) * self._rate_per_s)
         self._allowed_at = now
         room = min(self._window - len(self._inflight), int(self._allowance))
@@ -183,7 +196,7 @@ class Drain:
             self._after_seq = queued.seq
         return 0.0 if len(waiting) == room else 1.0
 
-    def _send_queued(self, connection: Connection, queued: QueuedMessage) -> None:
+    def _send_queued(self, connection: Outlet, queued: QueuedMessage) -> None:
         wire = render(queued.message, queued.class_seq, is_v5=self._is_v5)
         size_bytes = _packet_bytes(wire)
         if self._max_packet_bytes is not None and size_bytes > self._max_packet_bytes:
