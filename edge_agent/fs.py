@@ -28,6 +28,21 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_dirs(path: Path, *, mode: int = 0o750) -> None:
+    """Create a directory and its parents durably: a file in a directory that a power cut forgets is lost with it.
+
+    Raises:
+        EdgeError: as mapped by `from_os_error`.
+    """
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        for directory in reversed(missing):
+            directory.mkdir(mode=mode, exist_ok=True)
+            fsync_dir(directory.parent)
+    except OSError as error:
+        raise from_os_error(error, f"creating {path.name}") from error
+
+
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o640) -> None:
     """Replace ``path`` by ``content``: readers see the old bytes or the new ones, also after a power cut.
 
@@ -112,7 +127,7 @@ def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
     finally:
         os.close(fd)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+            Path(name).unlink()
 
 
 def _write_all(fd: int, content: bytes) -> None:
