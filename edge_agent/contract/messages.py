@@ -103,6 +103,7 @@ class DesiredState(_Payload):
     digest: Sha256
     not_after: datetime
     allow_downgrade: bool = False
+    retry_bad: bool = Field(default=False, description="try a digest again that failed on this node before")
     probation_decisions: int = Field(default=50, ge=1)
     probation_s: float = Field(default=300.0, gt=0)
 
