@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench reference docs format clean
+.PHONY: help demo test check bench reference wheel docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this ma
 
 reference: $(STAMPS)/dev ## train the reference model and build its bundle from nothing (an hour on two cores)
 	$(BIN)/python -m export.reference
+
+# From a fresh copy of build/: setuptools would carry files over that no longer exist.
+wheel: $(STAMPS)/demo ## build dist/edge_agent-VERSION-py3-none-any.whl, what a gateway installs
+	rm -rf build
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls dist/edge_agent-*.whl
 
 docs: $(STAMPS)/dev ## regenerate the pages that are made from code
 	$(BIN)/python scripts/configuration_page.py > docs/configuration.md
