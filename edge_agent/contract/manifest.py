@@ -1,12 +1,12 @@
 """The bundle's manifest: what a bundle is, file by file, and what it needs from the machine that runs it.
 
-    bundle/
-      manifest.json           this file; its SHA-256 is the bundle's digest, and what is signed
-      manifest.sig.json       DSSE envelope over the manifest's bytes
-      model/decoder.onnx      (+ external weights)
-      tokenizer.json
-      tasks/<task>/task.yaml  golden.jsonl  calibration.json
-      report.json report.html
+bundle/
+  manifest.json           this file; its SHA-256 is the bundle's digest, and what is signed
+  manifest.sig.json       DSSE envelope over the manifest's bytes
+  model/decoder.onnx      (+ external weights)
+  tokenizer.json
+  tasks/<task>/task.yaml  golden.jsonl  calibration.json
+  report.json report.html
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def parse_manifest(manifest_bytes: bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise IntegrityError("bundle.manifest_invalid", f"manifest is not JSON: {error}") from error
     if isinstance(parsed, dict) and parsed.get("format") not in (1, None):
-        raise RefusedError("bundle.format_unsupported", f"manifest format {parsed['format']!r} is newer than this agent")
+        raise RefusedError("bundle.format_unsupported", f"manifest format {parsed['format']!r} is not supported")
     try:
         return Manifest.model_validate(parsed)
     except ValidationError as error:

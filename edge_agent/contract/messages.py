@@ -55,9 +55,9 @@ class Decision(_Payload):
     timestamp_ms: int
 
 
-def decision_id(event_id: str, model_digest: str) -> str:
-    """Hash of event and model, so that a redelivered event is answered under the same id."""
-    return hashlib.sha256(f"{event_id}\n{model_digest}".encode()).hexdigest()[:32]
+def decision_id(task: str, event_id: str, model_digest: str) -> str:
+    """Hash of task, event and model, so that a redelivered event is answered under the same id."""
+    return hashlib.sha256(f"{task}\n{event_id}\n{model_digest}".encode()).hexdigest()[:32]
 
 
 class ErrorInfo(_Payload):

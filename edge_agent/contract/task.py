@@ -314,22 +314,22 @@ def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
     Raises:
         PermanentError: ``task.golden_invalid`` with the line number.
     """
-    examples: list[GoldenExample] = []
-    number = 0  # a file that is not UTF-8 fails before its first line
     try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PermanentError("task.golden_invalid", f"cannot read golden examples: {error}", path=str(path)) from error
+    examples: list[GoldenExample] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
             example = GoldenExample.model_validate(json.loads(line))
             check_event(dict(example.event))
-            problems = task.check_decision(dict(example.decision))
-            if problems:
-                raise ValueError("; ".join(problems))
-            examples.append(example)
-    except OSError as error:
-        raise PermanentError("task.golden_invalid", f"cannot read golden examples: {error}", path=str(path)) from error
-    except (ValueError, RefusedError) as error:
-        raise PermanentError("task.golden_invalid", f"line {number}: {error}", path=str(path)) from error
+        except (ValueError, RefusedError) as error:
+            raise PermanentError("task.golden_invalid", f"line {number}: {error}", path=str(path)) from error
+        if problems := task.check_decision(dict(example.decision)):
+            raise PermanentError("task.golden_invalid", f"line {number}: {'; '.join(problems)}", path=str(path))
+        examples.append(example)
     return tuple(examples)
 
 

@@ -35,22 +35,27 @@ class NodeTopics:
 
     @property
     def base(self) -> str:
+        """Common prefix of the node's topics."""
         return f"edge/v1/{self.site}/{self.node}"
 
     @property
     def status(self) -> str:
+        """Birth and death certificate (retained)."""
         return f"{self.base}/status"
 
     @property
     def meta(self) -> str:
+        """What the node is and can do (retained)."""
         return f"{self.base}/meta"
 
     @property
     def model_desired(self) -> str:
+        """Signed order: which release to run (retained)."""
         return f"{self.base}/model/desired"
 
     @property
     def model_reported(self) -> str:
+        """Where the node is on the way there (retained)."""
         return f"{self.base}/model/reported"
 
     @property
@@ -64,6 +69,7 @@ class NodeTopics:
         return f"{self.base}/deadletter"
 
     def events(self, task: str) -> str:
+        """Events of ``task`` for this node."""
         return f"{self.base}/events/{check_level(task, 'task')}"
 
     def tele(self, kind: str) -> str:
@@ -71,6 +77,7 @@ class NodeTopics:
         return f"{self.base}/tele/{kind}"
 
     def alarm(self, kind: str) -> str:
+        """A standing alarm (retained; an empty payload clears it)."""
         return f"{self.base}/alarm/{check_level(kind, 'alarm')}"
 
     def task_of(self, topic: str) -> str | None:

@@ -1,0 +1,224 @@
+"""Composition root of the daemon: who is made of what, in which order it starts and stops.
+
+Threads: the network thread and the intake thread belong to the uplink, the updater has one, and the main thread answers
+events. No network thread runs inference; nothing but the main thread takes events out of the inbox; nothing but the
+updater's thread exchanges models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from importlib import metadata
+from types import FrameType
+from typing import Literal
+
+from edge_agent.answering import Answering, Step
+from edge_agent.contract.messages import InferenceTelemetry, Meta, Reported, Status, now_ms
+from edge_agent.contract.topics import NodeTopics
+from edge_agent.errors import EdgeError, PermanentError, from_os_error
+from edge_agent.health.hardware import hardware_facts, hardware_telemetry
+from edge_agent.health.notify import Notifier
+from edge_agent.intake import Intake
+from edge_agent.log import configure, get_logger
+from edge_agent.runtime.serving import ServingWorker
+from edge_agent.settings import Settings
+from edge_agent.update.updater import Updater
+from edge_agent.updating import ModelExchange
+from edge_agent.uplink.session import MqttUplink
+from edge_agent.uplink.spool import Spool
+
+_log = get_logger("agent")
+IDLE_WAIT_S = 1.0
+BLOCKED_WAIT_S = 0.1
+VERSION = metadata.version("edge-agent")
+
+
+class Agent:
+    """One node: everything between its broker, its registry and its model.
+
+    Args:
+        settings: checked settings.
+
+    Raises:
+        EdgeError: the state directory or the spool cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._boot_id = uuid.uuid4().hex
+        self._since_ms = now_ms()
+        self._draining = False
+        _make_state_dir(settings)
+        self._topics = NodeTopics(settings.node.site, settings.node.name)
+        self._spool = Spool(
+            settings.state_dir / "spool.sqlite", settings.spool, deadletter_topic=self._topics.deadletter
+        )
+        self._serving = ServingWorker(settings.worker)
+        self._answering = Answering(self._spool, self._serving, settings.node, self._topics)
+        self._intake = Intake(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
+        exchange = ModelExchange(self._serving, settings.worker, self._publish_reported)
+        self._updater = Updater(settings.update, settings.state_dir, settings.node.name, exchange)
+        self._uplink = MqttUplink(
+            settings.mqtt, self._topics, self._spool, self, drain_per_s=settings.spool.drain_per_s
+        )
+        self._notifier = Notifier()
+        self._next_telemetry_s = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until ``stop`` is set, then drain: finish the event at hand, publish ``offline``, close the files."""
+        updating = threading.Thread(target=self._updater.run, args=(stop,), name="updater", daemon=True)
+        try:
+            # The last good model answers before anything else is tried: no network is needed for it.
+            self._updater.resume()
+            self._serve_active()
+            self._uplink.start()
+            updating.start()
+            self._notifier.ready(self._headline())
+            _log.info("ready", version=VERSION, node=self._topics.base, model=self._model_name())
+            while not stop.is_set():
+                self._turn(stop)
+        finally:
+            stop.set()
+            self._draining = True
+            self._notifier.stopping()
+            self._uplink.stop()
+            updating.join(timeout=10.0)
+            self._serving.stop()
+            self._spool.close()
+            _log.info("stopped")
+
+    def _turn(self, stop: threading.Event) -> None:
+        """One turn of the loop. The watchdog is fed here and only here: by an answer or by an idle look around."""
+        # Cleared before looking: an event that arrives in between sets it again.
+        self._spool.inbox_changed.clear()
+        step = self._answering.step()
+        self._notifier.progress()
+        if step is Step.IDLE:
+            self._spool.inbox_changed.wait(IDLE_WAIT_S)
+        elif step is Step.BLOCKED:
+            stop.wait(BLOCKED_WAIT_S)
+        if time.monotonic() >= self._next_telemetry_s:
+            self._next_telemetry_s = time.monotonic() + self._settings.telemetry.period_s
+            self._publish_telemetry()
+
+    def _serve_active(self) -> None:
+        """Start the worker on the active slot. A fault raises an alarm; the daemon lives on and can be mended."""
+        try:
+            active = self._updater.slots.active()
+            if active is not None:
+                self._serving.exchange(active.path, active.digest)
+        except EdgeError as error:
+            _log.error("the active bundle cannot be served", error=error)
+            self._publish_alarm("model", error)
+
+    # ---- what the uplink asks (edge_agent.uplink.ports.UplinkPorts)
+
+    def status(self, state: Literal["online", "draining", "offline"]) -> bytes:
+        """Payload of the ``status`` topic."""
+        if state == "online" and self._draining:
+            state = "draining"
+        status = Status(state=state, boot_id=self._boot_id, since_ms=self._since_ms, version=VERSION)
+        return status.model_dump_json().encode()
+
+    def on_event(self, task: str, payload: bytes) -> None:
+        """Take one event (see `Intake.on_event`)."""
+        self._intake.on_event(task, payload)
+
+    def on_desired(self, envelope: bytes) -> None:
+        """Hand the desired state to the updater; an empty one changes nothing: the node keeps its model."""
+        if envelope:
+            self._updater.on_desired(envelope)
+
+    def on_connected(self) -> Sequence[tuple[str, bytes]]:
+        """Retained messages that follow the birth."""
+        reported = self._updater.reported()
+        return [
+            (self._topics.meta, self._meta().model_dump_json().encode()),
+            (self._topics.model_reported, reported.model_dump_json().encode()),
+        ]
+
+    # ---- publications
+
+    def _meta(self) -> Meta:
+        model, facts = self._serving.model, self._serving.last_facts
+        return Meta(
+            version=VERSION,
+            hardware=hardware_facts(),
+            execution_providers=facts.providers if facts else (),
+            tasks=tuple(model.tasks) if model else (),
+        )
+
+    def _publish_reported(self, reported: Reported) -> None:
+        self._uplink.publish_retained(self._topics.model_reported, reported.model_dump_json().encode())
+        if reported.state in {"probation", "committed", "rolled_back"}:
+            # Another model may bring other tasks.
+            self._uplink.publish_retained(self._topics.meta, self._meta().model_dump_json().encode())
+        self._notifier.status(self._headline())
+
+    def _publish_alarm(self, kind: str, error: EdgeError) -> None:
+        """Raise ``alarm/<kind>`` (retained); an empty payload clears it."""
+        self._uplink.publish_retained(self._topics.alarm(kind), json.dumps(error.as_dict(), default=str).encode())
+
+    def _publish_telemetry(self) -> None:
+        counts = self._serving.counts()
+        inference = InferenceTelemetry(
+            decisions=counts.decisions,
+            errors=counts.errors,
+            worker_deaths=self._serving.deaths_total,
+            p50_ms=counts.latency_ms(0.50),
+            p95_ms=counts.latency_ms(0.95),
+            passes_per_decision=counts.passes / counts.decisions if counts.decisions else None,
+            timestamp_ms=now_ms(),
+        )
+        try:
+            hardware = hardware_telemetry(self._settings.state_dir, worker_pid=self._serving.worker_pid)
+            queue = self._spool.counts()
+        except EdgeError as error:
+            _log.warning("telemetry incomplete", error=error)
+            return
+        for kind, payload in (("hw", hardware), ("inference", inference), ("queue", queue)):
+            self._uplink.publish_telemetry(self._topics.tele(kind), payload.model_dump_json().encode())
+
+    def _model_name(self) -> str | None:
+        model = self._serving.model
+        return f"{model.ref.name} {model.ref.version}" if model else None
+
+    def _headline(self) -> str:
+        return f"model: {self._model_name() or 'none yet'}"
+
+
+def run_daemon(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT.
+
+    Returns:
+        0 after an orderly stop.
+
+    Raises:
+        EdgeError: the daemon could not start.
+    """
+    configure(settings.log)
+    stop = threading.Event()
+
+    def ask_to_stop(number: int, _frame: FrameType | None) -> None:
+        _log.info("stopping", signal=signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
+    Agent(settings).run(stop)
+    return 0
+
+
+def _make_state_dir(settings: Settings) -> None:
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise from_os_error(error, "creating the state directory") from error
+    if not os.access(settings.state_dir, os.W_OK | os.X_OK):
+        raise PermanentError("disk.permission", f"{settings.state_dir} is not writable", path=str(settings.state_dir))

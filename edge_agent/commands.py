@@ -1,0 +1,139 @@
+"""``decide``, ``bench`` and ``dead-letters``: the commands that need no running daemon."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from edge_agent.contract.event import Event, parse_event
+from edge_agent.errors import EdgeError, RefusedError, from_os_error
+
+if TYPE_CHECKING:
+    from edge_agent.runtime.engine import Engine
+
+MAX_LINE_BYTES = 1 << 20
+
+
+def decide(options: argparse.Namespace) -> int:
+    """Decide one event given as an argument, or one a line from stdin.
+
+    Returns:
+        0 when every event was decided, else 1; on stdin a line that cannot be decided yields ``{"error": …}`` in its
+        place, so that input and output lines correspond.
+    """
+    engine = _open_engine(options)
+    task = _task_of(engine, options.task)
+    if options.event != "-":
+        print(json.dumps(_decide_one(engine, task, options.event, options.deadline_s), ensure_ascii=False))
+        return 0
+    failed = 0
+    for line in _lines(sys.stdin.buffer):
+        try:
+            answer = _decide_one(engine, task, line, options.deadline_s)
+        except EdgeError as error:
+            answer, failed = {"error": error.as_dict()}, failed + 1
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
+    return 1 if failed else 0
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a bundle on this machine: the figures of ``edge-agent bench``."""
+    from edge_agent.runtime.bench import bench as measure
+
+    started_s = time.monotonic()
+    engine = _open_engine(options)
+    load_s = time.monotonic() - started_s
+    task = _task_of(engine, options.task)
+    if options.events:
+        try:
+            lines = options.events.read_bytes().splitlines()
+        except OSError as error:
+            raise from_os_error(error, f"reading {options.events}") from error
+        events = [_event_of_line(line) for line in lines if line.strip()]
+    else:
+        events = [dict(example.event) for example in engine.golden(task)]
+    if not events:
+        raise RefusedError("bench.no_events", "no events to measure with: give --events FILE")
+    return {**measure(engine, task, events, seconds=options.seconds), "load_s": round(load_s, 3)}
+
+
+def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
+    """List dead letters, or put one back into the inbox."""
+    from edge_agent.settings import load_settings
+    from edge_agent.uplink.spool import Spool
+
+    settings = load_settings(options.config, rest)
+    path = settings.state_dir / "spool.sqlite"
+    if not path.exists():
+        raise RefusedError("deadletter.no_spool", f"no spool at {path}: has the agent run with this state_dir?")
+    spool = Spool(path, settings.spool)
+    try:
+        if options.action == "retry":
+            if options.id is None:
+                raise RefusedError("deadletter.unknown", "retry needs the id of a dead letter (see: dead-letters list)")
+            print(f"dead letter {options.id}: {spool.requeue(options.id).value}")
+            return 0
+        letters = spool.dead_letters(options.limit)
+    finally:
+        spool.close()
+    for letter in letters:
+        if options.json:
+            content = letter.payload.decode("utf-8", "replace") if letter.payload is not None else None
+            row = {"id": letter.dead_letter_id, "event_id": letter.event_id, "task": letter.task, "code": letter.code}
+            print(json.dumps({**row, "detail": letter.detail, "received_ms": letter.received_ms, "payload": content}))
+        else:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.received_ms / 1000))
+            print(f"{letter.dead_letter_id:>6}  {when}  {letter.code:<22}  {letter.task or '-':<12}  {letter.detail}")
+    if not letters and not options.json:
+        print("no dead letters")
+    return 0
+
+
+def _open_engine(options: argparse.Namespace) -> Engine:
+    from edge_agent.runtime.bundle import load_trusted_keys, open_signed_bundle
+    from edge_agent.runtime.engine import Engine
+
+    trusted = load_trusted_keys(options.trusted_key)
+    return Engine(open_signed_bundle(options.bundle, trusted), threads=options.threads)
+
+
+def _task_of(engine: Engine, wanted: str | None) -> str:
+    if wanted is not None and wanted not in engine.tasks:
+        raise RefusedError("task.unknown", f"no task {wanted!r} in this bundle; it has: {', '.join(engine.tasks)}")
+    if wanted is None and len(engine.tasks) != 1:
+        raise RefusedError("task.ambiguous", f"--task is needed: this bundle has {', '.join(engine.tasks)}")
+    return wanted or next(iter(engine.tasks))
+
+
+def _decide_one(engine: Engine, task: str, raw: bytes | str, deadline_s: float | None) -> dict[str, Any]:
+    from edge_agent.answering import decision_of
+
+    spec = engine.tasks[task]
+    event = parse_event(raw, max_bytes=spec.limits.max_event_bytes)
+    answer = engine.decide(task, event, deadline_s=deadline_s or spec.deadline_ms / 1000)
+    return decision_of(answer, task, event, engine.model_ref).model_dump(mode="json")
+
+
+def _event_of_line(line: bytes) -> Event:
+    """An event, or the event of a labelled row ``{"event": …, "decision": …}``."""
+    parsed = json.loads(line)
+    return parse_event(json.dumps(parsed.get("event", parsed)) if isinstance(parsed, dict) else line)
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    """Non-empty lines, none longer than `MAX_LINE_BYTES` in memory (the rest of a longer one is read and dropped)."""
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            _skip_rest(iter(lambda: stream.readline(MAX_LINE_BYTES), b""))
+        if line.strip():
+            yield line
+
+
+def _skip_rest(pieces: Iterable[bytes]) -> None:
+    for piece in pieces:
+        if piece.endswith(b"\n"):
+            return

@@ -1,0 +1,110 @@
+"""The updater's ports, joined to the worker and the uplink: how a candidate is tried, swapped in and watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from edge_agent.contract.manifest import read_manifest
+from edge_agent.contract.messages import Reported
+from edge_agent.errors import TransientError
+from edge_agent.log import get_logger
+from edge_agent.runtime.serving import ServingWorker, worker_on
+from edge_agent.settings import WorkerSettings
+from edge_agent.update.ports import ProbationCounts, TrialResult
+
+_log = get_logger("updating")
+# Left to the rest of the machine while two models are loaded side by side.
+_SPARE_BYTES = 64 << 20
+
+
+class ModelExchange:
+    """Implements `edge_agent.update.ports.UpdaterPorts`.
+
+    Args:
+        serving: the worker that answers now.
+        settings: for the side worker of a trial.
+        publish: takes every report.
+        available_bytes: memory that a second worker may use; default: what the kernel says is available.
+    """
+
+    def __init__(
+        self,
+        serving: ServingWorker,
+        settings: WorkerSettings,
+        publish: Callable[[Reported], None],
+        available_bytes: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
+    ) -> None:
+        self._serving = serving
+        self._settings = settings
+        self._publish = publish
+        self._available_bytes = available_bytes
+
+    def trial(self, bundle_dir: Path, digest: str) -> TrialResult:
+        """Load the candidate in a side worker and run its golden examples.
+
+        Where memory cannot hold both models the serving worker makes room and events wait in the inbox: a measured
+        outage, logged with its length by the restart.
+        """
+        manifest, _ = read_manifest(bundle_dir)
+        makes_room = (
+            self._serving.model is not None and self._available_bytes() < manifest.resources.ram_bytes + _SPARE_BYTES
+        )
+        if makes_room:
+            _log.warning("memory cannot hold two models: events wait during the trial", digest=digest[:12])
+            self._serving.pause()
+        worker = worker_on(bundle_dir, digest, self._settings)
+        try:
+            worker.start()
+            outcome = worker.run_golden()
+        except TransientError as error:
+            # A candidate whose worker dies or hangs on a golden example is not worth a retry: the examples are fixed.
+            return TrialResult(False, 0, 0, None, None, str(error))
+        finally:
+            worker.stop()
+            if makes_room:
+                self._serving.resume()
+        wrong = len(outcome.wrong)
+        first = f"; first: example {outcome.wrong[0].index} of {outcome.wrong[0].task}" if wrong else ""
+        return TrialResult(
+            passed=wrong == 0 and outcome.total > 0,
+            golden_total=outcome.total,
+            golden_wrong=wrong,
+            p95_ms=outcome.p95_ms,
+            peak_rss_bytes=outcome.peak_rss_bytes,
+            detail=f"{wrong} of {outcome.total} golden examples answered wrongly{first}",
+        )
+
+    def swap(self, bundle_dir: Path, digest: str) -> None:
+        """Serve ``bundle_dir`` from the next event on; a no-op where it is served already.
+
+        Raises:
+            EdgeError: the new worker did not start; the old one keeps serving.
+        """
+        model = self._serving.model
+        if model is not None and model.ref.digest == digest and model.bundle == bundle_dir:
+            return
+        self._serving.exchange(bundle_dir, digest)
+        _log.info("model in service", bundle=str(bundle_dir), digest=digest[:12])
+
+    def withdraw(self) -> None:
+        """Stop serving: the only bundle ever installed turned out bad."""
+        self._serving.stop()
+
+    def probation(self) -> ProbationCounts:
+        """Counts since the last swap."""
+        counts = self._serving.counts()
+        return ProbationCounts(counts.decisions, counts.errors, counts.worker_deaths, counts.latency_ms(0.95))
+
+    def report(self, reported: Reported) -> None:
+        """Hand a report to the uplink."""
+        _log.info(
+            "update",
+            state=reported.state,
+            rev=reported.rev,
+            release=reported.release,
+            error=reported.error.code if reported.error else None,
+        )
+        self._publish(reported)
