@@ -1,0 +1,460 @@
+"""The worker's faults, each with the agent's side alive and able to start it again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent.contract.event import Event
+from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError, TransientError
+from edge_agent.runtime.frames import MAX_FRAME_BYTES
+from edge_agent.runtime.worker_process import WorkerProcess
+from edge_agent.settings import WorkerSettings
+from tests.fakes.bundles import BundleVariant
+
+ROOT = Path(__file__).parents[2]
+EVENT: Event = {"machine": "press-4", "code": "E217", "text": "hydraulic pressure below setpoint for 12 s"}
+FAKE = "tests.fakes.misbehaving_worker"
+SMALL_MEMORY = 96 << 20
+CALM: Event = {"act": "nothing"}
+
+
+class Log:
+    """Collects the worker's lines and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+
+    def __call__(self, line: str) -> None:
+        with self._news:
+            self.lines.append(line)
+            self._news.notify_all()
+
+    def wait_for(self, line: str) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: line in self.lines, timeout=30), self.lines[-5:]
+
+
+@contextlib.contextmanager
+def fake_worker(log: Log | None = None, bundle: str = "any", **settings: float) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(
+        Path(bundle),
+        "0" * 64,
+        WorkerSettings(threads=1, **settings),
+        on_log=log,
+        grace_s=0.2,
+        module=FAKE,
+    )
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+@pytest.fixture
+def real_worker(
+    reference_bundle: Path, reference_digest: str, worker_settings: WorkerSettings
+) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(reference_bundle, reference_digest, worker_settings, grace_s=0.3)
+    yield worker
+    worker.stop()
+
+
+def fault_of(call: Callable[[], object]) -> EdgeError:
+    with pytest.raises(EdgeError) as caught:
+        call()
+    return caught.value
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie that its new parent has not reaped yet counts)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_decides_and_says_what_it_loaded(real_worker: WorkerProcess) -> None:
+    facts = real_worker.start()
+    assert facts.tasks == ("triage",)
+    assert facts.providers == ("CPUExecutionProvider",)
+    assert facts.prefix_tokens["triage"] > 0
+    assert 0 < facts.load_s < 60
+    answer = real_worker.decide("triage", EVENT, 10.0)
+    assert set(answer.decision) == set(answer.confidence)
+    assert real_worker.alive
+    assert (real_worker.rss_bytes() or 0) > 20 << 20
+
+
+def test_worker_killed_in_the_middle_of_a_decision_is_reported_and_the_next_start_works() -> None:
+    log = Log()
+    with fake_worker(log) as worker:
+        worker.start()
+        faults: list[EdgeError] = []
+        thread = threading.Thread(
+            target=lambda: faults.append(fault_of(lambda: worker.decide("task", {"act": "hang"}, 60.0)))
+        )
+        thread.start()
+        log.wait_for("hanging")
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        thread.join(30)
+        assert [f.code for f in faults] == ["worker.died"]
+        assert faults[0].context == {"signal": "SIGKILL"}
+        assert isinstance(faults[0], TransientError)
+        assert not worker.alive
+        worker.start()
+        assert worker.decide("task", CALM, 5.0).decision == {"task": "task"}
+
+
+def test_real_worker_killed_between_events_is_reported_and_the_next_start_works(real_worker: WorkerProcess) -> None:
+    real_worker.start()
+    before = real_worker.decide("triage", EVENT, 10.0)
+    assert real_worker.pid is not None
+    os.kill(real_worker.pid, signal.SIGKILL)
+    assert fault_of(lambda: real_worker.decide("triage", EVENT, 10.0)).code == "worker.died"
+    assert fault_of(lambda: real_worker.decide("triage", EVENT, 10.0)).code == "worker.not_running"
+    real_worker.start()
+    assert real_worker.decide("triage", EVENT, 10.0).decision == before.decision
+
+
+def test_stopped_worker_is_stuck_within_deadline_and_grace(real_worker: WorkerProcess) -> None:
+    real_worker.start()
+    pid = real_worker.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    started_s = time.monotonic()
+    fault = fault_of(lambda: real_worker.decide("triage", EVENT, 0.5))
+    assert fault.code == "worker.stuck"
+    assert isinstance(fault, TransientError)
+    assert 0.8 <= time.monotonic() - started_s < 5.0
+    assert not real_worker.alive
+    assert gone(pid)
+
+
+def test_event_larger_than_the_socket_buffer_does_not_block_on_a_stopped_worker() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+        assert fault_of(lambda: worker.decide("task", {"text": "x" * 4_000_000}, 0.2)).code == "worker.stuck"
+
+
+def test_missed_deadline_costs_the_event_but_not_the_worker(real_worker: WorkerProcess) -> None:
+    real_worker.start()
+    pid = real_worker.pid
+    fault = fault_of(lambda: real_worker.decide("triage", EVENT, 0.0))
+    assert fault.code == "worker.deadline"
+    assert isinstance(fault, PermanentError)
+    assert real_worker.pid == pid
+    assert real_worker.decide("triage", EVENT, 10.0).passes > 0
+
+
+@pytest.mark.parametrize(
+    ("act", "context"), [("abort", {"signal": "SIGABRT"}), ("exit", {"exit_code": 9})], ids=["abort", "exit"]
+)
+def test_crash_is_named_by_signal_or_status(act: str, context: dict[str, object]) -> None:
+    with fake_worker() as worker:
+        worker.start()
+        fault = fault_of(lambda: worker.decide("task", {"act": act}, 5.0))
+        assert (fault.code, fault.context) == ("worker.died", context)
+
+
+def test_memory_growth_past_the_limit_is_named_and_ends_the_worker() -> None:
+    with fake_worker(memory_limit_bytes=SMALL_MEMORY) as worker:
+        worker.start()
+        fault = fault_of(lambda: worker.decide("task", {"act": "hoard"}, 30.0))
+        assert fault.code == "worker.out_of_memory"
+        assert isinstance(fault, TransientError)
+        assert not worker.alive
+        worker.start()
+        assert worker.decide("task", CALM, 5.0).passes == 1
+
+
+def test_onnxruntime_out_of_memory_is_named(reference_bundle: Path) -> None:
+    script = (
+        "import sys, pathlib, resource\n"
+        "from edge_agent.contract.manifest import read_manifest\n"
+        "from edge_agent.errors import EdgeError\n"
+        "from edge_agent.runtime.bundle import open_installed_bundle\n"
+        "from edge_agent.runtime.engine import Engine\n"
+        "from edge_agent.runtime.memory import limit_growth\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "engine = Engine(open_installed_bundle(path, read_manifest(path)[1]), 1)\n"
+        "limit_growth(0)\n"
+        "try:\n"
+        "    cache = engine._session.new_cache(200_000)\n"
+        "    print('no error')\n"
+        "except EdgeError as error:\n"
+        "    print(error.code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(reference_bundle)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "worker.out_of_memory", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("act", ["garbage", "not_json"])
+def test_garbage_from_the_worker_ends_it(act: str) -> None:
+    with fake_worker() as worker:
+        worker.start()
+        fault = fault_of(lambda: worker.decide("task", {"act": act}, 5.0))
+        assert fault.code == "worker.protocol"
+        assert not worker.alive
+
+
+def test_worker_that_ends_in_the_middle_of_a_frame_is_not_waited_for() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        assert fault_of(lambda: worker.decide("task", {"act": "torn"}, 5.0)).code == "worker.protocol"
+        assert not worker.alive
+
+
+def test_a_defect_in_the_worker_costs_one_event_and_leaves_its_traceback_in_the_log() -> None:
+    log = Log()
+    with fake_worker(log) as worker:
+        worker.start()
+        fault = fault_of(lambda: worker.decide("task", {"act": "raise"}, 5.0))
+        assert fault.code == "worker.internal"
+        assert worker.decide("task", CALM, 5.0).passes == 1
+        log.wait_for("ZeroDivisionError: a defect")
+
+
+def test_refusal_crosses_the_process_boundary_whole() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        fault = fault_of(lambda: worker.decide("task", {"act": "refuse"}, 5.0))
+        assert isinstance(fault, RefusedError)
+        assert (fault.code, fault.detail, fault.context) == ("event.too_long", "as the test asked", {"tokens": 12})
+
+
+def test_event_beyond_any_frame_is_refused_before_it_is_sent() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        fault = fault_of(lambda: worker.decide("task", {"text": "x" * MAX_FRAME_BYTES}, 5.0))
+        assert fault.code == "event.too_large"
+        assert worker.decide("task", CALM, 5.0).passes == 1
+
+
+def test_every_line_of_a_shouting_worker_is_seen_in_bounded_pieces() -> None:
+    log = Log()
+    with fake_worker(log) as worker:
+        worker.start()
+        assert worker.decide("task", {"act": "shout"}, 20.0).passes == 1
+        log.wait_for("the end")
+    assert sum(line.count("x") for line in log.lines) == 300_000
+    assert max(map(len, log.lines)) < 5000
+    assert [line for line in log.lines if line.startswith("line ")] == [f"line {n}" for n in range(5000)]
+
+
+def test_a_failing_log_does_not_stop_the_worker() -> None:
+    def broken(line: str) -> None:
+        raise OSError(line)
+
+    worker = WorkerProcess(Path("any"), "0" * 64, WorkerSettings(threads=1), on_log=broken, module=FAKE)
+    try:
+        worker.start()
+        assert worker.decide("task", {"act": "shout"}, 20.0).passes == 1
+    finally:
+        worker.stop()
+
+
+def test_load_fault_keeps_its_kind_code_and_context() -> None:
+    with fake_worker(bundle="refuses-to-load") as worker:
+        fault = fault_of(worker.start)
+        assert isinstance(fault, IntegrityError)
+        assert (fault.code, fault.context) == ("bundle.file_corrupt", {"path": "model/decoder.onnx"})
+        assert not worker.alive
+
+
+def test_worker_that_dies_while_loading_leaves_its_last_words() -> None:
+    with fake_worker(bundle="dies-at-load") as worker:
+        fault = fault_of(worker.start)
+        assert (fault.code, fault.context) == ("worker.died", {"exit_code": 7})
+        assert "last words at load" in fault.detail
+
+
+def test_worker_that_never_becomes_ready_is_killed() -> None:
+    with fake_worker(bundle="hangs-at-load", start_timeout_s=2.0) as worker:
+        assert fault_of(worker.start).code == "worker.start_timeout"
+        assert not worker.alive
+
+
+def test_asking_before_start_or_after_stop_is_an_error_not_a_hang() -> None:
+    with fake_worker() as worker:
+        assert fault_of(lambda: worker.decide("task", CALM, 1.0)).code == "worker.not_running"
+        worker.start()
+        worker.stop()
+        assert fault_of(lambda: worker.decide("task", CALM, 1.0)).code == "worker.not_running"
+        assert worker.pid is None
+        assert worker.rss_bytes() is None
+
+
+def test_stop_from_another_thread_wakes_a_waiting_call() -> None:
+    log = Log()
+    with fake_worker(log) as worker:
+        worker.start()
+        faults: list[EdgeError] = []
+        thread = threading.Thread(
+            target=lambda: faults.append(fault_of(lambda: worker.decide("task", {"act": "hang"}, 60.0)))
+        )
+        thread.start()
+        log.wait_for("hanging")
+        worker.stop()
+        thread.join(30)
+        assert [f.code for f in faults] == ["worker.died"]
+
+
+def test_golden_examples_run_in_the_worker_and_count_their_progress(real_worker: WorkerProcess) -> None:
+    real_worker.start()
+    steps: list[tuple[int, int]] = []
+    outcome = real_worker.run_golden(lambda done, total: steps.append((done, total)))
+    assert outcome.total > 0
+    assert outcome.wrong == ()
+    assert outcome.p95_ms > 0
+    assert outcome.peak_rss_bytes > 20 << 20
+    assert steps == [(n, outcome.total) for n in range(1, outcome.total + 1)]
+
+
+def test_wrong_golden_answers_are_listed(variant: Callable[[], BundleVariant], worker_settings: WorkerSettings) -> None:
+    bundle = variant()
+    task_file = bundle.path / "tasks/triage/golden.jsonl"
+    lines = [json.loads(line) for line in task_file.read_text().splitlines() if line.strip()]
+    lines[1]["decision"]["escalate"] = not lines[1]["decision"]["escalate"]
+    bundle.put("tasks/triage/golden.jsonl", "\n".join(map(json.dumps, lines)))
+    bundle.seal()
+    worker = WorkerProcess(bundle.path, bundle.digest, worker_settings)
+    try:
+        worker.start()
+        (miss,) = worker.run_golden().wrong
+    finally:
+        worker.stop()
+    assert (miss.task, miss.index, miss.error) == ("triage", 1, None)
+    assert miss.got is not None
+    assert miss.got["escalate"] is not miss.expected["escalate"]
+
+
+def test_golden_run_without_progress_is_stuck() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        assert fault_of(worker.run_golden).code == "worker.stuck"
+        assert not worker.alive
+
+
+def test_worker_dies_with_the_agent() -> None:
+    script = (
+        "import pathlib, signal\n"
+        "from edge_agent.runtime.worker_process import WorkerProcess\n"
+        "from edge_agent.settings import WorkerSettings\n"
+        f"worker = WorkerProcess(pathlib.Path('any'), '0' * 64, WorkerSettings(threads=1), module={FAKE!r})\n"
+        "worker.start()\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.decide('task', {'act': 'hang'}, 600.0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        worker_pid = int(agent.stdout.readline())
+        agent.kill()
+    assert wait_until(lambda: gone(worker_pid))
+
+
+def test_worker_outlives_the_thread_that_started_it() -> None:
+    with fake_worker() as worker:
+        thread = threading.Thread(target=worker.start)
+        thread.start()
+        thread.join(30)
+        # The parent-death signal follows the thread that forked: were it this one, the worker would be dead now.
+        assert worker.decide("task", CALM, 5.0).passes == 1
+
+
+def test_worker_is_the_kernels_first_choice_when_memory_is_short() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        own = int(Path("/proc/self/oom_score_adj").read_text())
+        assert int(Path(f"/proc/{worker.pid}/oom_score_adj").read_text()) == min(1000, own + 300)
+
+
+def test_ctrl_c_and_service_stop_do_not_cut_an_answer_short() -> None:
+    with fake_worker() as worker:
+        worker.start()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+        assert worker.decide("task", CALM, 5.0).passes == 1
+
+
+def test_idle_worker_uses_no_cpu(reference_bundle: Path, reference_digest: str) -> None:
+    worker = WorkerProcess(reference_bundle, reference_digest, WorkerSettings(threads=2))
+    try:
+        worker.start()
+        worker.decide("triage", EVENT, 10.0)
+        before = _cpu_ticks(worker.pid)
+        time.sleep(0.5)  # the time over which idleness is measured, not a wait for something
+        spent_ticks = _cpu_ticks(worker.pid) - before
+        assert spent_ticks <= 2  # of 50: a spinning thread pool burns them all
+    finally:
+        worker.stop()
+
+
+def _cpu_ticks(pid: int | None) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_the_agents_side_loads_no_native_inference_library() -> None:
+    script = (
+        "import sys\n"
+        "import edge_agent.runtime.worker_process\n"
+        "import edge_agent.runtime.serving\n"
+        "print([m for m in ('numpy', 'onnxruntime', 'llguidance', 'tokenizers') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.needs("strace")
+def test_no_connection_is_attempted_while_loading_and_deciding(reference_bundle: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from edge_agent.contract.manifest import read_manifest\n"
+        "from edge_agent.runtime.worker_process import WorkerProcess\n"
+        "from edge_agent.settings import WorkerSettings\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "worker = WorkerProcess(path, read_manifest(path)[1], WorkerSettings(threads=2))\n"
+        "worker.start()\n"
+        f"print(worker.decide('triage', {EVENT!r}, 60.0).passes)\n"
+        "worker.stop()\n"
+    )
+    strace = shutil.which("strace")
+    assert strace is not None
+    trace = tmp_path / "trace"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [strace, "-f", "-e", "trace=connect,sendto,sendmsg", "-o", str(trace), sys.executable, "-c", script,
+         str(reference_bundle)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert int(done.stdout) > 0, done.stderr[-2000:]
+    calls = [line for line in trace.read_text().splitlines() if "AF_INET" in line or "connect(" in line]
+    assert calls == []

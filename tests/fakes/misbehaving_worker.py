@@ -1,0 +1,76 @@
+"""A worker whose engine does what the event says: hang, crash, eat memory, talk nonsense.
+
+Run as ``python -m tests.fakes.misbehaving_worker`` in place of the real worker, around the real serving loop.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from edge_agent.contract.event import Event
+from edge_agent.errors import IntegrityError, RefusedError
+from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
+from edge_agent.runtime.worker import Progress, main
+
+_BLOCK_BYTES = 1 << 20
+
+
+class Misbehaving:
+    def __init__(self, bundle: Path, digest: str, threads: int) -> None:
+        self._fd = int(sys.argv[sys.argv.index("--fd") + 1])
+        match bundle.name:
+            case "refuses-to-load":
+                raise IntegrityError("bundle.file_corrupt", "as the test asked", path="model/decoder.onnx")
+            case "dies-at-load":
+                print("last words at load", flush=True)
+                os._exit(7)
+            case "hangs-at-load":
+                threading.Event().wait()
+
+    def facts(self) -> WorkerFacts:
+        return WorkerFacts(0.0, 1, ("FakeProvider",), ("task",), {"task": 1}, 1)
+
+    def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+        match event.get("act"):
+            case "hang":
+                print("hanging", flush=True)
+                threading.Event().wait()
+            case "hoard":
+                blocks = []
+                while True:
+                    blocks.append(bytes(_BLOCK_BYTES))
+            case "abort":
+                os.abort()
+            case "exit":
+                os._exit(9)
+            case "raise":
+                raise ZeroDivisionError("a defect")
+            case "refuse":
+                raise RefusedError("event.too_long", "as the test asked", tokens=12)
+            case "garbage":
+                os.write(self._fd, b"\xff\xff\xff\xff garbage")
+            case "not_json":
+                os.write(self._fd, b"\x00\x00\x00\x04\xff\xfe\x00{")
+            case "torn":
+                os.write(self._fd, b"\x00\x00\x10\x00{")
+                os._exit(0)
+            case "shout":
+                sys.stderr.write("x" * 300_000 + "\n")
+                sys.stderr.write("\n".join(f"line {n}" for n in range(5000)) + "\nthe end\n")
+                sys.stderr.flush()
+        return Answer({"task": task}, {}, "device", (), (), truncated=False, passes=1, tokens_out=1, latency_ms=0.1)
+
+    def golden_step_s(self) -> float:
+        return 0.2
+
+    def run_golden(self, progress: Progress) -> GoldenOutcome:
+        progress(1, 2)
+        threading.Event().wait()
+        raise AssertionError
+
+
+if __name__ == "__main__":
+    sys.exit(main(factory=Misbehaving))
