@@ -24,7 +24,8 @@ import onnx_ir
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from edge_agent.errors import PermanentError
-from export.source import CONFIG_NAME, Checkpoint
+from export.repairs import faithful_config, repair_graph
+from export.source import CONFIG_NAME, INDEX_NAME, Checkpoint
 
 EMBEDDING = "model.embed_tokens.weight"
 LOGITS = "logits"
@@ -64,6 +65,7 @@ def build_fp32(checkpoint: Checkpoint, max_context_tokens: int) -> ModelProto:
         view = Path(scratch)
         _write_view(checkpoint, view)
         model = _mobius_model(view)
+    repair_graph(model, checkpoint)
     _check_rotary(model.graph.node)
     _strip_names_of_this_machine(model)
     _cut_rotary_tables(model, max_context_tokens)
@@ -114,14 +116,8 @@ def _scratch_beside(path: Path) -> Path | None:
 
 def _write_view(checkpoint: Checkpoint, view: Path) -> None:
     """A directory that holds exactly what was checked, with a configuration that mobius reads correctly."""
-    config: dict[str, Any] = {**checkpoint.config, "dtype": "float32"}
-    config.pop("torch_dtype", None)
-    if config.get("rope_scaling") is None and checkpoint.architecture in ("llama", "qwen2", "qwen3"):
-        # mobius 0.1.0 takes rope_theta = 10000 without rope_scaling for "no positions at all" and builds a graph
-        # without rotary embedding; the default type says the same as None, aloud.
-        config["rope_scaling"] = {"rope_type": "default"}
-    (view / CONFIG_NAME).write_text(json.dumps(config), "utf-8")
-    index = checkpoint.path / "model.safetensors.index.json"
+    (view / CONFIG_NAME).write_text(json.dumps(faithful_config(checkpoint)), "utf-8")
+    index = checkpoint.path / INDEX_NAME
     for file in [*checkpoint.weight_files, *([index] if index.is_file() else [])]:
         try:
             # Not a symbolic link: mobius refuses weights that resolve to another folder.

@@ -1,0 +1,65 @@
+"""What mobius 0.1.0 gets wrong, put right here and only here; the parity check against transformers is the judge.
+
+- A Llama configuration with rope_theta 10000 and no rope_scaling is read as "no positions": the graph has no rotary
+  embedding at all, and nothing warns.
+- Gemma 3: global layers are given the local layers' rotary tables, and local layers lose their window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, helper, numpy_helper
+
+from edge_agent.errors import RefusedError
+from export.source import Checkpoint
+
+_PLAIN_ROPE = frozenset({"llama", "qwen2", "qwen3"})
+
+
+def faithful_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's configuration in words that mobius reads as they are meant.
+
+    Raises:
+        RefusedError: ``export.architecture_unsupported`` for a Gemma 3 with scaled positions.
+    """
+    config: dict[str, Any] = {**checkpoint.config, "dtype": "float32"}
+    config.pop("torch_dtype", None)
+    if checkpoint.architecture in _PLAIN_ROPE and config.get("rope_scaling") is None:
+        # The default type says the same as None, aloud.
+        config["rope_scaling"] = {"rope_type": "default"}
+    if checkpoint.architecture == "gemma3_text" and config.get("rope_scaling") is not None:
+        raise RefusedError("export.architecture_unsupported", "gemma3_text with rope_scaling (4B and larger)")
+    return config
+
+
+def repair_graph(model: ModelProto, checkpoint: Checkpoint) -> None:
+    """Put a fresh graph right, in place."""
+    if checkpoint.architecture == "gemma3_text":
+        _restore_gemma3_attention(model, checkpoint.config)
+
+
+def _restore_gemma3_attention(model: ModelProto, config: dict[str, Any]) -> None:
+    kinds: list[str] = config["layer_types"]
+    tables = ("rotary.global.cos_cache", "rotary.global.sin_cache")
+    if "full_attention" in kinds:
+        cos, sin = _rotary_tables(float(config["rope_theta"]), int(config["head_dim"]), config["max_position_embeddings"])
+        model.graph.initializer.append(numpy_helper.from_array(cos, tables[0]))
+        model.graph.initializer.append(numpy_helper.from_array(sin, tables[1]))
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    for node, kind in zip(attention, kinds, strict=True):
+        if kind == "full_attention":
+            node.input[7], node.input[8] = tables
+        elif not any(attribute.name == "local_window_size" for attribute in node.attribute):
+            node.attribute.append(helper.make_attribute("local_window_size", int(config["sliding_window"])))
+
+
+def _rotary_tables(
+    theta: float, head_dim: int, positions: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Cosine and sine, each float32 [positions, head_dim / 2]."""
+    frequencies = 1.0 / (theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim))
+    angles = np.outer(np.arange(positions, dtype=np.float32), frequencies)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
