@@ -18,13 +18,13 @@ from importlib import metadata
 from types import FrameType
 from typing import Literal
 
+from edge_agent.accepting import Accepting
 from edge_agent.answering import Answering, Step
 from edge_agent.contract.messages import InferenceTelemetry, Meta, Reported, Status, now_ms
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, PermanentError, from_os_error
 from edge_agent.health.hardware import hardware_facts, hardware_telemetry
 from edge_agent.health.notify import Notifier
-from edge_agent.intake import Intake
 from edge_agent.log import configure, get_logger
 from edge_agent.runtime.serving import ServingWorker
 from edge_agent.settings import Settings
@@ -33,7 +33,7 @@ from edge_agent.updating import ModelExchange
 from edge_agent.uplink.session import MqttUplink
 from edge_agent.uplink.spool import Spool
 
-_log = get_logger("agent")
+_log = get_logger(__name__)
 IDLE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.1
 VERSION = metadata.version("edge-agent")
@@ -61,7 +61,7 @@ class Agent:
         )
         self._serving = ServingWorker(settings.worker)
         self._answering = Answering(self._spool, self._serving, settings.node, self._topics)
-        self._intake = Intake(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
+        self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
         exchange = ModelExchange(self._serving, settings.worker, self._publish_reported)
         self._updater = Updater(settings.update, settings.state_dir, settings.node.name, exchange)
         self._uplink = MqttUplink(
@@ -127,8 +127,8 @@ class Agent:
         return status.model_dump_json().encode()
 
     def on_event(self, task: str, payload: bytes) -> None:
-        """Take one event (see `Intake.on_event`)."""
-        self._intake.on_event(task, payload)
+        """Take one event (see `Accepting.on_event`)."""
+        self._accepting.on_event(task, payload)
 
     def on_desired(self, envelope: bytes) -> None:
         """Hand the desired state to the updater; an empty one changes nothing: the node keeps its model."""

@@ -16,7 +16,7 @@ from edge_agent.uplink.cloudevents import decision_message
 from edge_agent.uplink.records import InboxEvent
 from edge_agent.uplink.spool import Spool
 
-_log = get_logger("answering")
+_log = get_logger(__name__)
 # The worker was lost over this very event; anything else that is transient is not the event's doing.
 _LOST_WORKER = frozenset({"worker.died", "worker.stuck", "worker.out_of_memory"})
 

@@ -15,7 +15,7 @@ from edge_agent.runtime.serving import ServingWorker, worker_on
 from edge_agent.settings import WorkerSettings
 from edge_agent.update.ports import ProbationCounts, TrialResult
 
-_log = get_logger("updating")
+_log = get_logger(__name__)
 # Left to the rest of the machine while two models are loaded side by side.
 _SPARE_BYTES = 64 << 20
 

@@ -47,6 +47,10 @@ VIOLATIONS = [
     ("one-engine", "edge_agent/uplink/planted.py", "import onnxruntime"),
     ("one-engine", "edge_agent/health/planted.py", "import numpy"),
     ("one-engine", "edge_agent/settings.py", "import llguidance"),
+    ("agent-without-engine", "edge_agent/update/planted.py", "import numpy"),
+    ("agent-without-engine", "edge_agent/runtime/worker_process.py", "import edge_agent.runtime.engine"),
+    ("pure-machine", "edge_agent/update/machine.py", "import time"),
+    ("pure-machine", "edge_agent/update/machine.py", "from edge_agent.fs import write_atomic"),
     ("one-trust-client", "edge_agent/uplink/planted.py", "import tuf.api.metadata"),
 ]
 

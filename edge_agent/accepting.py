@@ -12,10 +12,10 @@ from edge_agent.log import get_logger
 from edge_agent.uplink.records import Accepted
 from edge_agent.uplink.spool import Spool
 
-_log = get_logger("intake")
+_log = get_logger(__name__)
 
 
-class Intake:
+class Accepting:
     """Accepts events on behalf of the uplink.
 
     Args:
