@@ -62,7 +62,7 @@ class Agent:
         self._serving = ServingWorker(settings.worker)
         self._answering = Answering(self._spool, self._serving, settings.node, self._topics)
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
-        exchange = ModelExchange(self._serving, settings.worker, self._publish_reported)
+        exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._publish_meta)
         self._updater = Updater(settings.update, settings.state_dir, settings.node.name, exchange)
         self._uplink = MqttUplink(
             settings.mqtt, self._topics, self._spool, self, drain_per_s=settings.spool.drain_per_s
@@ -156,10 +156,11 @@ class Agent:
 
     def _publish_reported(self, reported: Reported) -> None:
         self._uplink.publish_retained(self._topics.model_reported, reported.model_dump_json().encode())
-        if reported.state in {"probation", "committed", "rolled_back"}:
-            # Another model may bring other tasks.
-            self._uplink.publish_retained(self._topics.meta, self._meta().model_dump_json().encode())
         self._notifier.status(self._headline())
+
+    def _publish_meta(self) -> None:
+        """Another model may bring other tasks."""
+        self._uplink.publish_retained(self._topics.meta, self._meta().model_dump_json().encode())
 
     def _publish_alarm(self, kind: str, error: EdgeError) -> None:
         """Raise ``alarm/<kind>`` (retained); an empty payload clears it."""

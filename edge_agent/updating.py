@@ -27,6 +27,7 @@ class ModelExchange:
         serving: the worker that answers now.
         settings: for the side worker of a trial.
         publish: takes every report.
+        announce: called when another model answers, or none.
         available_bytes: memory that a second worker may use; default: what the kernel says is available.
     """
 
@@ -35,11 +36,13 @@ class ModelExchange:
         serving: ServingWorker,
         settings: WorkerSettings,
         publish: Callable[[Reported], None],
+        announce: Callable[[], None],
         available_bytes: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
     ) -> None:
         self._serving = serving
         self._settings = settings
         self._publish = publish
+        self._announce = announce
         self._available_bytes = available_bytes
 
     def trial(self, bundle_dir: Path, digest: str) -> TrialResult:
@@ -88,10 +91,12 @@ class ModelExchange:
             return
         self._serving.exchange(bundle_dir, digest)
         _log.info("model in service", bundle=str(bundle_dir), digest=digest[:12])
+        self._announce()
 
     def withdraw(self) -> None:
         """Stop serving: the only bundle ever installed turned out bad."""
         self._serving.stop()
+        self._announce()
 
     def probation(self) -> ProbationCounts:
         """Counts since the last swap."""
@@ -99,12 +104,5 @@ class ModelExchange:
         return ProbationCounts(counts.decisions, counts.errors, counts.worker_deaths, counts.latency_ms(0.95))
 
     def report(self, reported: Reported) -> None:
-        """Hand a report to the uplink."""
-        _log.info(
-            "update",
-            state=reported.state,
-            rev=reported.rev,
-            release=reported.release,
-            error=reported.error.code if reported.error else None,
-        )
+        """Hand a report to the uplink (the updater has logged it)."""
         self._publish(reported)
