@@ -54,6 +54,7 @@ class Result:
         outage_s: how long the link was cut.
         dead_letters: events that the node gave up on.
         dropped: events and messages that the node dropped by policy.
+        recognised: events that the broker sent the node twice, and the node answered once.
         active_version: the model that serves at the end.
         updates: in the order of the orders.
         notes: whatever else went wrong (a wait that timed out, an exit status).
@@ -67,6 +68,7 @@ class Result:
     outage_s: float
     dead_letters: int
     dropped: int
+    recognised: int
     active_version: str | None
     updates: tuple[UpdateOutcome, ...]
     notes: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ class Result:
             "outage_s": round(self.outage_s, 2),
             "dead_letters": self.dead_letters,
             "dropped": self.dropped,
+            "recognised": self.recognised,
             "active_version": self.active_version,
             "updates": [asdict(u) for u in self.updates],
         }

@@ -131,7 +131,7 @@ def closing_table(result: Result) -> None:
         ("decisions out", totals.decisions_out),
         ("lost", totals.lost),
         ("duplicates", totals.duplicates),
-        ("redelivered, same decision id", totals.redelivered),
+        ("sent twice after the cut: to consumer / to node", f"{totals.redelivered} / {result.recognised}"),
         ("latency on the node, p50 / p95", f"{_ms(totals.p50_ms)} / {_ms(totals.p95_ms)}"),
         ("plant to consumer, p50 / p95", f"{_ms(totals.end_to_end_p50_ms)} / {_ms(totals.end_to_end_p95_ms)}"),
         (f"decisions during the {result.outage_s:.1f} s outage", result.decisions_during_outage),
