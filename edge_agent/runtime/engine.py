@@ -78,6 +78,11 @@ class Engine:
         manifest = self.bundle.manifest
         return ModelRef(name=manifest.name, version=manifest.version, digest=self.bundle.digest)
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Token ids that no event can produce."""
+        return self._encoder.control_ids
+
     def facts(self) -> WorkerFacts:
         """What was loaded, and what it took."""
         return WorkerFacts(

@@ -179,7 +179,7 @@ class KvCache:
 def _mapped(doing: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except (*_LIBRARY_ERRORS, MemoryError) as error:
+    except (*_LIBRARY_ERRORS, RuntimeError, MemoryError) as error:  # bound runs raise Python's own RuntimeError
         raise map_library_error(doing, error) from error
 
 

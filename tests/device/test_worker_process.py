@@ -194,25 +194,26 @@ def test_memory_growth_past_the_limit_is_named_and_ends_the_worker() -> None:
 
 def test_onnxruntime_out_of_memory_is_named(reference_bundle: Path) -> None:
     script = (
-        "import sys, pathlib, resource\n"
+        "import sys, pathlib\n"
         "from edge_agent.contract.manifest import read_manifest\n"
         "from edge_agent.errors import EdgeError\n"
-        "from edge_agent.runtime.bundle import open_installed_bundle\n"
-        "from edge_agent.runtime.engine import Engine\n"
         "from edge_agent.runtime.memory import limit_growth\n"
+        "from edge_agent.runtime.session import ModelSession\n"
         "path = pathlib.Path(sys.argv[1])\n"
-        "engine = Engine(open_installed_bundle(path, read_manifest(path)[1]), 1)\n"
+        "session = ModelSession(path, read_manifest(path)[0], 1)\n"
+        "cache = session.new_cache(20_000)\n"
+        "cache.forward([5])\n"
         "limit_growth(0)\n"
-        "try:\n"
-        "    cache = engine._session.new_cache(200_000)\n"
-        "    print('no error')\n"
-        "except EdgeError as error:\n"
-        "    print(error.code)\n"
+        "for attempt in (lambda: cache.forward([5] * 10_000), lambda: session.new_cache(200_000)):\n"
+        "    try:\n"
+        "        attempt()\n"
+        "    except EdgeError as error:\n"
+        "        print(error.code)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(reference_bundle)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.stdout.strip() == "worker.out_of_memory", done.stderr[-2000:]
+    assert done.stdout.split() == ["worker.out_of_memory"] * 2, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("act", ["garbage", "not_json"])
