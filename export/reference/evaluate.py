@@ -1,6 +1,6 @@
 """Per-field accuracy of any backend that turns an event into a decision, and of a checkpoint in fp32 torch.
 
-    python -m export.reference.evaluate export/reference/checkpoint --json
+Run ``python -m export.reference.evaluate export/reference/checkpoint --json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.task import BoolField, EnumField, TaskSpec, load_task
-from edge_agent.errors import EdgeError, PermanentError
+from edge_agent.errors import EdgeError
+from export.reference.checkpoint import load_checkpoint
 from export.reference.examples import Encoder
 from export.reference.generator import LabelledEvent, generate
 from export.reference.rules import Decision
@@ -47,6 +48,13 @@ class Accuracy:
     fields: dict[str, float]
     exact: float
     confusions: tuple[tuple[str, str, str, int], ...]
+
+    def as_text(self) -> str:
+        """A table for a person."""
+        shares = {**self.fields, "exact": self.exact}
+        lines = [f"{name:<10} {share:7.2%}" for name, share in shares.items()]
+        lines += [f"  {count:4d} x {name}: {gold} answered as {said}" for name, gold, said, count in self.confusions]
+        return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -152,19 +160,6 @@ class TorchDecider:
         return answers
 
 
-def load_checkpoint(folder: Path) -> LlamaForCausalLM:
-    """Load a checkpoint for evaluation in fp32.
-
-    Raises:
-        PermanentError: ``checkpoint.unreadable``.
-    """
-    try:
-        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise PermanentError("checkpoint.unreadable", f"cannot load checkpoint: {error}", path=str(folder)) from error
-    return model.eval()
-
-
 def evaluate_checkpoint(folder: Path, events: Sequence[LabelledEvent], task_file: Path = TASK_FILE) -> Accuracy:
     """Accuracy of a checkpoint folder on labelled events, fp32 torch."""
     task, tokenizer = load_task(task_file), load_tokenizer(folder)
@@ -187,15 +182,12 @@ def main(argv: list[str] | None = None) -> int:
             arguments.checkpoint, list(islice(generate(split, arguments.seed), arguments.events))
         )
     except EdgeError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     if arguments.json:
-        print(json.dumps(accuracy.as_dict(), indent=2))
-        return 0
-    for name, share in {**accuracy.fields, "exact": accuracy.exact}.items():
-        print(f"{name:<10} {share:7.2%}")
-    for name, gold, answer, count in accuracy.confusions:
-        print(f"  {count:4d} x {name}: {gold} answered as {answer}")
+        sys.stdout.write(json.dumps(accuracy.as_dict(), indent=2) + "\n")
+    else:
+        sys.stdout.write(accuracy.as_text())
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from edge_agent.contract.task import BoolField, TaskSpec
+from export.reference.cues import cue_labels
 from export.reference.generator import LabelledEvent, generate
 from export.reference.rules import Decision
 from export.reference.tokenizer import EOS
@@ -29,18 +30,36 @@ class Example:
     Args:
         ids: prefix, rendered event, answer and EOS.
         weights: how much the prediction of each id counts; zero for the prompt.
+        prompt_tokens: how many of the ids are prefix and event.
+        cues: labels of the auxiliary heads.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    prompt_tokens: int
+    cues: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: ``ids`` (rows, length) int64 and ``weights`` (rows, length) float32."""
+    """Right-padded rows.
+
+    Args:
+        ids: (rows, length) int64.
+        weights: (rows, length) float32.
+        prompt_tokens: (rows,) int64.
+        cues: (rows, cues) int64.
+    """
 
     ids: torch.Tensor
     weights: torch.Tensor
+    prompt_tokens: torch.Tensor
+    cues: torch.Tensor
+
+    def part(self, index: int, parts: int) -> Batch:
+        """Every ``parts``-th row from row ``index`` on."""
+        rows = slice(index, None, parts)
+        return Batch(self.ids[rows], self.weights[rows], self.prompt_tokens[rows], self.cues[rows])
 
 
 def canonical_answer(decision: Decision) -> str:
@@ -70,17 +89,18 @@ class Encoder:
     def examples(self, events: Sequence[LabelledEvent]) -> list[Example]:
         """Encode a shard at once, which is several times faster than one by one."""
         rendered = self._tokenizer.encode_batch([self._task.render(e.event) for e in events], add_special_tokens=False)
-        answers = self._tokenizer.encode_batch(
-            [canonical_answer(e.decision) for e in events], add_special_tokens=False
-        )
-        return [self._example(r.ids, a.ids) for r, a in zip(rendered, answers, strict=True)]
+        answers = self._tokenizer.encode_batch([canonical_answer(e.decision) for e in events], add_special_tokens=False)
+        return [
+            self._example(r.ids, a.ids, cue_labels(e.situation))
+            for r, a, e in zip(rendered, answers, events, strict=True)
+        ]
 
-    def _example(self, event: list[int], answer: list[int]) -> Example:
+    def _example(self, event: list[int], answer: list[int], cues: tuple[int, ...]) -> Example:
         prompt_tokens = len(self._prefix) + len(event)
         # "," and quotes are never value ids, so a set decides; "unknown" or "false" stand only at values.
         answer_weights = [1.0 if token in self._value_ids else FORCED_WEIGHT for token in answer]
         ids = (*self._prefix, *event, *answer, self._eos)
-        return Example(ids, (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT))
+        return Example(ids, (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT), prompt_tokens, cues)
 
 
 def shard(encoder: Encoder, split: Split, seed: int) -> list[Example]:
@@ -104,4 +124,5 @@ def batches(examples: Sequence[Example], rng: random.Random, *, tokens: int, pad
         for row, example in enumerate(group):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             weights[row, : len(example.ids)] = torch.tensor(example.weights)
-        yield Batch(ids, weights)
+        prompt_tokens = torch.tensor([example.prompt_tokens for example in group])
+        yield Batch(ids, weights, prompt_tokens, torch.tensor([example.cues for example in group]))

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 from edge_agent.contract.event import Event
 from export.reference import modes_drives, modes_media, modes_safety
-from export.reference.noise import ORDERS
+from export.reference.noise import ORDERS, planted_order
+from export.reference.phrasing import Language
 from export.reference.rules import (
     ACTIONS,
     CATEGORIES,
@@ -29,8 +30,8 @@ from export.reference.rules import (
     decide,
     deviation_percent,
 )
-from export.reference.vocabulary import MACHINE_NAMES, MACHINE_TYPES, STATES, Split
-from export.reference.wording import Clues, write_text
+from export.reference.vocabulary import MACHINE_NAMES, STATES, Split
+from export.reference.wording import Clues, machine_type, write_text
 
 MODES_BY_CATEGORY: dict[str, tuple[Mode, ...]] = {
     "mechanical": modes_drives.MECHANICAL,
@@ -91,12 +92,12 @@ def _labelled_event(rng: random.Random, split: Split, number: int) -> LabelledEv
     if rng.random() < 0.35:
         event["id"] = f"{rng.choice('abcdef')}{rng.randrange(10**6):06d}-{number}"
     if rng.random() < 0.93:
-        event["machine"] = fill(rng.choice(MACHINE_NAMES[split]), rng, {"t": rng.choice(MACHINE_TYPES[split])})
+        event["machine"] = fill(rng.choice(MACHINE_NAMES[split]), rng, {"t": machine_type(rng, split)})
     situation, measured = _draw_measurement(rng, situation)
     situation = _draw_stated(rng, situation)
     situation, state, clues = _draw_state(rng, situation, clues)
     situation, count, clues = _draw_repeats(rng, situation, clues)
-    if rng.random() < 0.06:
+    if rng.random() < 0.07:
         situation = replace(situation, injected=True)
         clues = replace(clues, order=_draw_order(rng, split))
     decision = decide(situation)
@@ -182,22 +183,27 @@ def _draw_stated(rng: random.Random, situation: Situation) -> Situation:
 
 def _draw_state(rng: random.Random, situation: Situation, clues: Clues) -> tuple[Situation, str, Clues]:
     """Decide what is said about the machine's state, in the state field, in words or not at all."""
+    if situation.qualifier != "none":
+        return _draw_qualified_state(rng, situation, clues)
+    draw = rng.random()
+    state = ""
+    if draw < 0.42:
+        state = rng.choice(STATES["running"])
+    elif draw < 0.66:
+        situation, state = replace(situation, halted=True), rng.choice(STATES["halted"])
+    elif draw < 0.78 and not clues.code_only:
+        situation, clues = replace(situation, halted=True), replace(clues, halt_in_text=True)
+    return situation, state, clues
+
+
+def _draw_qualified_state(rng: random.Random, situation: Situation, clues: Clues) -> tuple[Situation, str, Clues]:
     qualifier = situation.qualifier
     if qualifier in ("test", "maintenance") and rng.random() < 0.45:
         return situation, rng.choice(STATES[qualifier]), clues
-    if qualifier != "none":
-        clues = replace(clues, qualifier_in_text=qualifier != "nominal")
-        if qualifier in ("test", "maintenance") or rng.random() < 0.5:
-            return situation, "", clues
-        return situation, rng.choice(STATES["running"]), clues
-    draw = rng.random()
-    if draw < 0.42:
-        return situation, rng.choice(STATES["running"]), clues
-    if draw < 0.66:
-        return replace(situation, halted=True), rng.choice(STATES["halted"]), clues
-    if draw < 0.78 and not clues.code_only:
-        return replace(situation, halted=True), "", replace(clues, halt_in_text=True)
-    return situation, "", clues
+    clues = replace(clues, qualifier_in_text=qualifier != "nominal")
+    if qualifier in ("test", "maintenance") or rng.random() < 0.5:
+        return situation, "", clues
+    return situation, rng.choice(STATES["running"]), clues
 
 
 def _draw_repeats(rng: random.Random, situation: Situation, clues: Clues) -> tuple[Situation, int | None, Clues]:
@@ -216,9 +222,11 @@ def _draw_repeats(rng: random.Random, situation: Situation, clues: Clues) -> tup
 
 
 def _draw_order(rng: random.Random, split: Split) -> str:
-    language = rng.choice(("en", "en", "de"))
+    language: Language = "de" if rng.random() < 1 / 3 else "en"
     wish = rng.choice((*SEVERITIES, *ACTIONS, *CATEGORIES, "false", "true", "info", "low", "nothing", "ok"))
-    return rng.choice(ORDERS["de" if language == "de" else "en"][split]).format(a=wish)
+    if split == "train" and rng.random() < 0.6:
+        return planted_order(rng, language, wish)
+    return rng.choice(ORDERS[language][split]).format(a=wish)
 
 
 def _draw_code(rng: random.Random, split: Split, situation: Situation, severity: str, clues: Clues) -> str:

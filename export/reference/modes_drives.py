@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from export.reference.rules import ALARM, FAILURE, Mode
 
+# Word lists read as paragraphs; one word a line would hide the language behind the layout.
+# fmt: off
+
 MECHANICAL = (
     Mode(
         "vibration", "mechanical", ("bearing", "gearbox", "spindle", "fan", "motor", "pump", "compressor"),
@@ -32,7 +35,8 @@ MECHANICAL = (
         "wear", "mechanical", ("bearing", "belt", "spindle", "tool", "gripper", "gearbox"),
         np_en=("wear", "abrasion", "worn surface", "end of tool life", "wear limit", "remaining life low", "blunt edge",
                "service life used up", "wear indication", "chipping", "fraying"),
-        vp_en=("is worn", "is wearing", "wears out", "is blunt", "is dull", "is worn out", "has reached its service life",
+        vp_en=("is worn", "is wearing", "wears out", "is blunt", "is dull", "is worn out",
+               "has reached its service life",
                "shows abrasion", "is fraying", "needs replacement soon"),
         np_de=("Verschleiß", "Abnutzung", "Standzeit erreicht", "Verschleissgrenze", "Abrieb", "Restlebensdauer gering",
                "Standzeitende"),
@@ -105,12 +109,14 @@ ELECTRICAL = (
         "undervoltage", "electrical", ("supply", "drive", "controller"),
         np_en=("undervoltage", "under-voltage", "low voltage", "voltage dip", "voltage sag", "brown-out", "DC link low",
                "battery low", "voltage below limit", "low battery voltage"),
-        vp_en=("voltage too low", "is undervolted", "drops below nominal voltage", "runs on low voltage", "voltage dips",
+        vp_en=("voltage too low", "is undervolted", "drops below nominal voltage", "runs on low voltage",
+               "voltage dips",
                "lost voltage", "undervoltage"),
         np_de=("Unterspannung", "Spannungseinbruch", "Spannung zu niedrig", "Batterie schwach", "Zwischenkreis zu tief",
                "Batteriespannung niedrig"),
         vp_de=("hat Unterspannung", "Spannung bricht ein", "Spannung zu gering", "meldet Unterspannung"),
-        codes=("UV", "U-LO", "LVOLT", "BATT-LO"), direction=-1, quantity=(("V", 22, 26), ("V", 380, 410), ("V", 11, 13)),
+        codes=("UV", "U-LO", "LVOLT", "BATT-LO"), direction=-1,
+        quantity=(("V", 22, 26), ("V", 380, 410), ("V", 11, 13)),
         anonymous=True,
     ),
     Mode(

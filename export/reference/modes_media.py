@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from export.reference.rules import Mode
 
+# Word lists read as paragraphs; one word a line would hide the language behind the layout.
+# fmt: off
+
 HYDRAULIC = (
     Mode(
         "oil_leak", "hydraulic", ("seal", "pump", "valve", "filter"),
@@ -25,7 +28,8 @@ HYDRAULIC = (
         np_de=("Öldruck zu niedrig", "Hydraulikdruck zu niedrig", "Druckabfall Hydraulik", "Öldruckverlust",
                "Hydraulikdruck fehlt"),
         vp_de=("baut keinen Öldruck auf", "Öldruck fällt ab", "verliert Hydraulikdruck", "Hydraulikdruck fällt"),
-        codes=("OP-LO", "HYD-LO", "PSL-H", "OPL"), direction=-1, quantity=(("bar", 80, 250), ("bar", 3, 8), ("MPa", 8, 25)),
+        codes=("OP-LO", "HYD-LO", "PSL-H", "OPL"), direction=-1,
+        quantity=(("bar", 80, 250), ("bar", 3, 8), ("MPa", 8, 25)),
     ),
     Mode(
         "oil_pressure_high", "hydraulic", ("valve", "pump"),
@@ -33,7 +37,8 @@ HYDRAULIC = (
                "high hydraulic pressure", "hyd pressure high"),
         vp_en=("oil pressure too high", "shows hydraulic overpressure", "does not relieve oil pressure",
                "hyd pressure exceeds the limit"),
-        np_de=("Hydrauliküberdruck", "Öldruck zu hoch", "Druckspitze Hydraulik", "Überdruck Öl", "Hydraulikdruck zu hoch"),
+        np_de=("Hydrauliküberdruck", "Öldruck zu hoch", "Druckspitze Hydraulik", "Überdruck Öl",
+               "Hydraulikdruck zu hoch"),
         vp_de=("Öldruck zu hoch", "hat Hydrauliküberdruck", "Hydraulikdruck über Grenze"),
         codes=("OP-HI", "HYD-HI", "PSH-H"), shift=1, quantity=(("bar", 120, 320), ("MPa", 10, 32)),
     ),
@@ -44,7 +49,8 @@ HYDRAULIC = (
         vp_en=("is clogged on the oil side", "is full of oil sludge", "oil dp too high", "blocks the oil flow",
                "is dirty, oil bypass open"),
         np_de=("Ölverschmutzung", "Differenzdruck Öl", "Verstopfung Ölseite", "Ölschlamm", "Öl verschmutzt"),
-        vp_de=("ist mit Öl verstopft", "Öl Differenzdruck hoch", "ist ölseitig zugesetzt", "setzt sich mit Ölschlamm zu"),
+        vp_de=("ist mit Öl verstopft", "Öl Differenzdruck hoch", "ist ölseitig zugesetzt",
+               "setzt sich mit Ölschlamm zu"),
         codes=("DP-OIL", "FLT-O", "OFC"), shift=-1, wear=True, quantity=(("bar", 1.5, 5), ("kPa", 100, 400)),
     ),
     Mode(
@@ -82,11 +88,13 @@ PNEUMATIC = (
                "Druckluft fehlt", "Vakuum zu schwach"),
         vp_de=("Luftdruck fällt", "baut kein Vakuum auf", "Druckluft zu niedrig", "liefert zu wenig Luft",
                "hat keine Druckluft"),
-        codes=("AP-LO", "AIR-LO", "VAC-LO", "PSL-A"), direction=-1, quantity=(("bar", 4.5, 8), ("kPa", 45, 85), ("psi", 60, 110)),
+        codes=("AP-LO", "AIR-LO", "VAC-LO", "PSL-A"), direction=-1,
+        quantity=(("bar", 4.5, 8), ("kPa", 45, 85), ("psi", 60, 110)),
     ),
     Mode(
         "air_pressure_high", "pneumatic", ("compressor", "valve"),
-        np_en=("air overpressure", "air pressure high", "overpressure in the air receiver", "compressed air overpressure",
+        np_en=("air overpressure", "air pressure high", "overpressure in the air receiver",
+               "compressed air overpressure",
                "tank air pressure too high"),
         vp_en=("air pressure too high", "overpressurises the air line", "does not blow off, air overpressure",
                "air tank above limit"),
@@ -111,7 +119,8 @@ CONTROL = (
     Mode(
         "signal", "control", ("sensor",),
         np_en=("implausible signal", "signal fault", "wire break", "signal lost", "signal out of range", "frozen value",
-               "no signal", "noisy signal", "reading jumps", "stuck reading", "implausible value", "signal quality bad"),
+               "no signal", "noisy signal", "reading jumps", "stuck reading", "implausible value",
+               "signal quality bad"),
         vp_en=("gives no signal", "reads nonsense", "signal is implausible", "value is frozen", "has a wire break",
                "signal out of range", "jumps around", "delivers implausible values", "signal flickers"),
         np_de=("Signal unplausibel", "Drahtbruch", "Signalfehler", "kein Signal", "Messwert eingefroren",
@@ -182,6 +191,5 @@ NETWORK = (
                "Übertragungsfehler", "Netzlast hoch"),
         vp_de=("verliert Pakete", "hat Paketverlust", "hat hohe Latenz", "zählt CRC-Fehler", "ist überlastet im Netz"),
         codes=("PKT", "CRC", "LAT", "NET"), quantity=(("ms", 20, 200), ("% loss", 1, 8), ("err/h", 20, 300)),
-        anonymous=False,
     ),
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from export.reference.rules import ALARM, FAILURE, Mode
 
+# Word lists read as paragraphs; one word a line would hide the language behind the layout.
+# fmt: off
+
 SAFETY = (
     Mode(
         "guard_open", "safety", ("door",),
@@ -87,7 +90,8 @@ MATERIAL = (
                "Nachschub nötig"),
         vp_de=("ist fast leer", "braucht Material", "muss nachgefüllt werden", "Material geht aus",
                "hat wenig Material"),
-        codes=("MAT-LO", "REFILL", "STOCK"), shift=-1, wear=True, direction=-1, quantity=(("kg", 20, 400), ("pcs", 50, 900), ("%", 10, 40)),
+        codes=("MAT-LO", "REFILL", "STOCK"), shift=-1, wear=True, direction=-1,
+        quantity=(("kg", 20, 400), ("pcs", 50, 900), ("%", 10, 40)),
     ),
     Mode(
         "material_out", "material", ("feeder",),
@@ -115,7 +119,8 @@ MATERIAL = (
                "scrap", "surface defects on parts", "NOK parts", "dimension out of tolerance"),
         vp_en=("produces scrap", "produces bad parts", "makes rejects", "leaves marks on parts", "causes NOK parts",
                "parts out of tolerance"),
-        np_de=("Ausschuss", "Ausschussrate hoch", "NIO-Teile", "Schlechtteile", "Maßabweichung", "Teile nicht in Toleranz",
+        np_de=("Ausschuss", "Ausschussrate hoch", "NIO-Teile", "Schlechtteile", "Maßabweichung",
+               "Teile nicht in Toleranz",
                "Qualitätsabweichung"),
         vp_de=("produziert Ausschuss", "macht Schlechtteile", "verursacht NIO-Teile", "Teile nicht maßhaltig"),
         codes=("QA", "REJ", "SCRAP", "NIO"), quantity=(("% rej", 2, 8), ("ppm rej", 200, 900), ("NOK/h", 5, 40)),

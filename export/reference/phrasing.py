@@ -9,6 +9,9 @@ from typing import Literal
 
 from export.reference.vocabulary import Split
 
+# Word lists read as paragraphs; one word a line would hide the language behind the layout.
+# fmt: off
+
 Language = Literal["en", "de"]
 
 NP_TEMPLATES: dict[Language, dict[Split, tuple[str, ...]]] = {
@@ -53,7 +56,8 @@ NP_TEMPLATES: dict[Language, dict[Split, tuple[str, ...]]] = {
         "validation": ("{np} aufgefallen bei {c}", "Ticket: {c}, Symptom {np}", "unser {c} hat jetzt {np}"),
         "test": (
             "laut Diagnose {np}, betroffen {c}", "kann jemand nach {c} schauen? {np}", "Bauteil = {c} / Befund = {np}",
-            "{c}!! {np}", "Tablet zeigt {np} unter {c}", "hallo, {np} mit {c} hier an {m}", "Eintrag {d}{d}: {c} -> {np}",
+            "{c}!! {np}", "Tablet zeigt {np} unter {c}", "hallo, {np} mit {c} hier an {m}",
+            "Eintrag {d}{d}: {c} -> {np}",
             "für {c} führt das System {np} auf",
         ),
     },
@@ -116,7 +120,8 @@ VAGUE: dict[Language, dict[Split, tuple[str, ...]]] = {
         "train": ("something is wrong", "machine not ok", "please check", "alarm", "fault", "error {d}{d}{d}{d}",
                   "unknown error", "it does not work", "message {d}{d}{d}", "strange behaviour", "???", "see photo",
                   "call me back", "group alarm", "status word 0x{d}{d}F{d}", "problem at the {m}", "same as last time",
-                  "help needed at {m}", "general alarm {m}", "event {d}{d}", "no description", "n/a", "-", "what is this",
+                  "help needed at {m}", "general alarm {m}", "event {d}{d}", "no description", "n/a", "-",
+                  "what is this",
                   "the {m} does not run right", "operator pressed call button", "lamp is on", "bit {d} set"),
         "validation": ("something odd here", "undefined event {d}{d}"),
         "test": ("can't say what it is", "the {m} acts up", "not sure, please come", "fault number {d}{d}{d}",
@@ -158,7 +163,8 @@ STAGES: dict[Language, tuple[tuple[str, ...], ...]] = {
 
 REPEATS: dict[Language, dict[bool, tuple[str, ...]]] = {
     "en": {
-        True: ("again and again", "for hours", "repeatedly", "since yesterday", "keeps coming back", "every few minutes",
+        True: ("again and again", "for hours", "repeatedly", "since yesterday", "keeps coming back",
+               "every few minutes",
                "recurring", "for {d} h now", "all day", "many times today", "for {d} days", "permanently",
                "over and over", "constantly"),
         False: ("once", "first time", "for {d} s", "only once", "for a moment", "single event", "just now",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+# Word lists read as paragraphs; one word a line would hide the language behind the layout.
+# fmt: off
+
 Split = Literal["train", "validation", "test"]
 
 COMPONENT_NOUNS_EN: dict[str, tuple[str, ...]] = {
@@ -103,7 +106,8 @@ MACHINE_TYPES: dict[Split, tuple[str, ...]] = {
               "Förderer", "Verpackung", "Kran", "Kessel", "Spritzguss", "Schweisszelle", "Drehmaschine", "Abfüller",
               "line", "cell", "station", "stamping", "assembly", "kiln", "washer", "shredder", "hoist", "cutter"),
     "validation": ("bender", "stacker", "Schleifmaschine"),
-    "test": ("extruder", "laser", "centrifuge", "dryer", "capper", "Walzwerk", "Säge", "Trockner", "shrinkwrap", "loom"),
+    "test": ("extruder", "laser", "centrifuge", "dryer", "capper", "Walzwerk", "Säge", "Trockner", "shrinkwrap",
+             "loom"),
 }
 
 MACHINE_NAMES: dict[Split, tuple[str, ...]] = {

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from export.reference import phrasing
-from export.reference.noise import JUNK, add_typos, vary_spelling
+from export.reference.noise import JUNK, add_typos, filler, pseudo_word, punctuation, vary_spelling
 from export.reference.phrasing import Language
 from export.reference.rules import Mode, Situation
 from export.reference.vocabulary import (
@@ -19,6 +19,8 @@ from export.reference.vocabulary import (
 )
 
 MAX_TEXT_CHARS = 160
+LOOSE_SHARE = 0.3
+"""Share of training texts whose cues stand among words that decide nothing, in no template's order."""
 
 _SEPARATORS: dict[Split, tuple[str, ...]] = {
     "train": (", ", " - ", ". ", "; ", " | ", " ", ": ", " / ", " ... ", " (", " * ", "  ", " & ", " and ", " _ "),
@@ -86,6 +88,8 @@ def _compose(
             after.append(value)
         if rng.random() < 0.25:
             junk = _slots(rng, split, rng.choice(JUNK[split]))
+            if split == "train" and rng.random() < 0.3:
+                junk = " ".join(filler(rng, 3))
             (before if rng.random() < 0.35 else after).append(junk)
     rng.shuffle(before)
     rng.shuffle(after)
@@ -107,6 +111,8 @@ def _mixed(rng: random.Random, language: Language) -> Language:
 def _core(rng: random.Random, split: Split, situation: Situation, language: Language, stage: str, value: str) -> str:
     mode = situation.mode
     words = {"v": value, "c": _component(rng, situation.component, _mixed(rng, language))}
+    if split == "train" and situation.qualifier != "nominal" and rng.random() < LOOSE_SHARE:
+        return _loose_core(rng, mode, words["c"], _mixed(rng, language), stage)
     if mode is None:
         return _slots(rng, split, rng.choice(phrasing.VAGUE[language][split]), words)
     symptom = _mixed(rng, language)
@@ -121,6 +127,26 @@ def _core(rng: random.Random, split: Split, situation: Situation, language: Lang
         # A predicate decides the language of its sentence, or the grammar breaks.
         return _slots(rng, split, rng.choice(phrasing.VP_TEMPLATES[symptom][split]), words)
     return _slots(rng, split, rng.choice(phrasing.NP_TEMPLATES[language][split]), words)
+
+
+def _loose_core(rng: random.Random, mode: Mode | None, component: str, language: Language, stage: str) -> str:
+    """The cues in any order among fillers; without a mode fillers alone, which name nothing."""
+    cues = [component] if component else []
+    if mode is not None:
+        if component and rng.random() < 0.4:
+            cues.append(_with_stage(rng, rng.choice(mode.vp_de if language == "de" else mode.vp_en), stage))
+        else:
+            cues.append(_noun_phrase(rng, mode, language, stage))
+    rng.shuffle(cues)
+    words = filler(rng, 4)
+    for cue in cues:
+        words += [cue, *filler(rng, 3)]
+    if not words:
+        words = [pseudo_word(rng)]
+    text = words[0]
+    for word in words[1:]:
+        text += (punctuation(rng) if rng.random() < 0.1 else " ") + word
+    return text
 
 
 def _noun_phrase(rng: random.Random, mode: Mode, language: Language, stage: str) -> str:
@@ -165,6 +191,8 @@ def _join(rng: random.Random, split: Split, parts: list[str]) -> str:
     for part in parts[1:]:
         if rng.random() < 0.4:
             separator = rng.choice(_SEPARATORS[split])
+        if split == "train" and rng.random() < 0.15:
+            separator = rng.choice((punctuation(rng), f" {' '.join(filler(rng, 2))} "))
         text += separator + part + (")" if separator == " (" else "")
     return text
 
@@ -172,8 +200,15 @@ def _join(rng: random.Random, split: Split, parts: list[str]) -> str:
 def _slots(rng: random.Random, split: Split, template: str, words: dict[str, str] | None = None) -> str:
     """Fill a sentence template; every ``{d}`` is a digit of its own."""
     filled = words or {}
-    machine = rng.choice(MACHINE_TYPES[split])
+    machine = machine_type(rng, split)
     text = template
     while "{d}" in text:
         text = text.replace("{d}", str(rng.randrange(10)), 1)
     return text.format(m=machine, **filled)
+
+
+def machine_type(rng: random.Random, split: Split) -> str:
+    """A machine type; in training often an invented one, because the next plant has machines unheard of."""
+    if split == "train" and rng.random() < 0.3:
+        return pseudo_word(rng)
+    return rng.choice(MACHINE_TYPES[split])

@@ -50,8 +50,13 @@ def test_guards_agree_with_the_gold_labels(rows: dict[Split, list[LabelledEvent]
 
 def test_task_lists_the_values_that_the_rules_give() -> None:
     values = {field.name: getattr(field, "values", None) for field in TASK.output_fields}
-    assert values == {"category": CATEGORIES, "severity": SEVERITIES, "action": ACTIONS, "escalate": None,
-                      "component": COMPONENTS}
+    assert values == {
+        "category": CATEGORIES,
+        "severity": SEVERITIES,
+        "action": ACTIONS,
+        "escalate": None,
+        "component": COMPONENTS,
+    }
     assert set(SAFETY_CODES.values()) == set(TASK.guards[0].when[0].one_of or ())
 
 
