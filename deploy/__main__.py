@@ -212,7 +212,9 @@ def _print_expiries(expiries: dict[str, datetime], options: argparse.Namespace) 
 
 def _broker(options: argparse.Namespace) -> BrokerAddress:
     host, port = options.broker
-    return BrokerAddress(host, port, options.username, options.password_file, options.ca_file)
+    return BrokerAddress(
+        host, port, options.username, options.password_file, options.ca_file, protocol=options.protocol
+    )
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

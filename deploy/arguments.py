@@ -173,6 +173,7 @@ def _broker_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--username", help="default: anonymous")
     command.add_argument("--password-file", type=Path, metavar="FILE", help="its first line is the password")
     command.add_argument("--ca-file", type=Path, metavar="PEM", help="switches TLS on")
+    command.add_argument("--protocol", choices=("auto", "5", "3.1.1"), default="auto", help="default: 5, then 3.1.1")
 
 
 def _address(text: str) -> tuple[str, int]:

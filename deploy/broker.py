@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -21,7 +21,11 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.errors import EdgeError, PermanentError, TransientError, from_os_error
 
-_PROTOCOLS = (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311)
+Protocol = Literal["auto", "5", "3.1.1"]
+_V5, _V311 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
+_PROTOCOLS = {"auto": (_V5, _V311), "5": (_V5,), "3.1.1": (_V311,)}
+# A broker that does not know MQTT 5 may answer with silence; that much patience before the older dialect is tried.
+_FALLBACK_S = 3.0
 _NOT_AUTHORISED = ("Not authorized", "Bad user name or password", "Banned")
 
 
@@ -36,6 +40,7 @@ class BrokerAddress:
         password_file: its first line is the password.
         ca_file: PEM of the authority that signed the broker's certificate; switches TLS on.
         timeout_s: bound of every wait.
+        protocol: auto tries MQTT 5, then 3.1.1.
     """
 
     host: str
@@ -44,6 +49,7 @@ class BrokerAddress:
     password_file: Path | None = None
     ca_file: Path | None = None
     timeout_s: float = 10.0
+    protocol: Protocol = "auto"
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -149,19 +155,18 @@ def connect(address: BrokerAddress) -> Iterator[BrokerSession]:
 
 
 def _connected(address: BrokerAddress) -> paho.Client:
-    failure: EdgeError | None = None
-    for protocol in _PROTOCOLS:
+    *earlier, last = _PROTOCOLS[address.protocol]
+    for protocol in earlier:
         try:
-            return _attempt(address, protocol)
-        except EdgeError as error:
-            # Neither a closed port nor a wrong password gets better in another dialect.
-            if error.code != "broker.unreachable":
+            return _attempt(address, protocol, min(_FALLBACK_S, address.timeout_s))
+        except TransientError as error:
+            # A closed port does not open in another dialect; a wrong password is a PermanentError.
+            if error.code not in ("broker.unreachable", "broker.timeout"):
                 raise
-            failure = error
-    raise failure or TransientError("broker.unreachable", "no protocol to try")
+    return _attempt(address, last, address.timeout_s)
 
 
-def _attempt(address: BrokerAddress, protocol: MQTTProtocolVersion) -> paho.Client:
+def _attempt(address: BrokerAddress, protocol: MQTTProtocolVersion, timeout_s: float) -> paho.Client:
     client = paho.Client(
         CallbackAPIVersion.VERSION2,
         f"edge-deploy-{secrets.token_hex(6)}",
@@ -186,7 +191,7 @@ def _attempt(address: BrokerAddress, protocol: MQTTProtocolVersion) -> paho.Clie
     except OSError as error:
         raise _unreachable(address, error) from error
     client.loop_start()
-    if not connected.wait(address.timeout_s):
+    if not connected.wait(timeout_s):
         client.loop_stop()
         raise TransientError("broker.timeout", f"no CONNACK from {address.host}:{address.port}")
     first = outcome[0]

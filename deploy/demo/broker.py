@@ -29,19 +29,27 @@ class DemoBroker:
     Args:
         kind: which one.
         port: on 127.0.0.1.
-        protocol: the newest MQTT that it speaks.
         child: its process.
     """
 
     kind: Kind
     port: int
-    protocol: MQTTProtocolVersion
     child: Child
+
+    @property
+    def dialect(self) -> Literal["5", "3.1.1"]:
+        """Its newest MQTT, as settings name it."""
+        return "5" if self.kind == "mosquitto" else "3.1.1"
+
+    @property
+    def protocol(self) -> MQTTProtocolVersion:
+        """Its newest MQTT, as paho names it."""
+        return MQTTProtocolVersion.MQTTv5 if self.kind == "mosquitto" else MQTTProtocolVersion.MQTTv311
 
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.kind} (MQTT {'5' if self.kind == 'mosquitto' else '3.1.1, embedded'})"
+        return f"{self.kind} (MQTT {self.dialect}{'' if self.kind == 'mosquitto' else ', embedded'})"
 
 
 def start_broker(wanted: Kind | Literal["auto"], directory: Path) -> DemoBroker:
@@ -99,8 +107,7 @@ def _listening(kind: Kind, program: str, directory: Path) -> DemoBroker:
         except OSError:
             time.sleep(0.05)
             continue
-        protocol = MQTTProtocolVersion.MQTTv5 if kind == "mosquitto" else MQTTProtocolVersion.MQTTv311
-        return DemoBroker(kind, port, protocol, child)
+        return DemoBroker(kind, port, child)
     child.stop()
     raise PermanentError("demo.child_ended", f"{kind} did not listen within {_START_S:g} s:\n{child.tail()}")
 

@@ -12,7 +12,7 @@ import paho.mqtt.client as paho
 from pydantic import ValidationError
 
 from deploy.demo.ledger import Ledger
-from edge_agent.contract.messages import DeadLetter, Decision, QueueTelemetry, Reported, Status, UpdateState
+from edge_agent.contract.messages import DeadLetter, Decision, ModelRef, QueueTelemetry, Reported, Status, UpdateState
 from edge_agent.contract.topics import NodeTopics
 
 _LAST_DECISIONS = 6
@@ -52,6 +52,7 @@ class Consumer:
         self._history: dict[int, History] = {}
         self._status: Status | None = None
         self._queue: QueueTelemetry | None = None
+        self._active: ModelRef | None = None
         self._last: deque[Decision] = deque(maxlen=_LAST_DECISIONS)
         self._dead: list[DeadLetter] = []
         self._inbox: queue.SimpleQueue[tuple[str, bytes, int] | None] = queue.SimpleQueue()
@@ -81,6 +82,11 @@ class Consumer:
     def queue(self) -> QueueTelemetry | None:
         """The latest queue depths; None until the node has sent some."""
         return self._queue
+
+    @property
+    def active(self) -> ModelRef | None:
+        """The model that the node last reported as active."""
+        return self._active
 
     def last_decisions(self) -> list[Decision]:
         """The newest few, oldest first."""
@@ -119,6 +125,7 @@ class Consumer:
             self._ledger.fault(f"{topic}: {str(error).splitlines()[0]}")
 
     def _reported(self, reported: Reported) -> None:
+        self._active = reported.active
         if reported.rev is None:
             return
         with self._lock:

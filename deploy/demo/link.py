@@ -72,11 +72,17 @@ class Link:
             threading.Thread(target=self._relay, args=(near,), name="link-relay", daemon=True).start()
 
     def _relay(self, near: socket.socket) -> None:
-        with near, contextlib.suppress(OSError), socket.create_connection(self._broker, timeout=5) as far:
+        with near, contextlib.suppress(OSError):
+            # Set first: whatever ends this connection, no polite end is sent.
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            if self._up:
+                self._relay_to_broker(near)
+
+    def _relay_to_broker(self, near: socket.socket) -> None:
+        with socket.create_connection(self._broker, timeout=5) as far:
             far.settimeout(None)
             with self._lock:
                 if not self._up:
-                    near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                     return
                 self._open |= {near, far}
             try:

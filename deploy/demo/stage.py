@@ -58,7 +58,7 @@ class Stage:
 
     def order(self, release: Release, *, probation_decisions: int, probation_s: float) -> int:
         """Tell the node to run a release, as `edge-deploy desired set` does; returns the revision."""
-        address = BrokerAddress("127.0.0.1", self.broker.port, username=USERNAME)
+        address = BrokerAddress("127.0.0.1", self.broker.port, username=USERNAME, protocol=self.broker.dialect)
         with connect(address) as session:
             rev = next_rev(session, NODE, self.keys.trusted_desired())
             state = DesiredState(
@@ -151,7 +151,7 @@ host = "127.0.0.1"
 port = {port}
 username = "{USERNAME}"
 password = "demo"
-connect_timeout_s = 5.0
+connect_timeout_s = 2.0
 reconnect_max_s = 1.0
 
 [worker]

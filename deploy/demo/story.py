@@ -201,7 +201,7 @@ class Day:
         stage.consumer.close()
         cut_off = stage.ledger.decided_between(self._cut_ms, self._restored_ms)
         queue = stage.consumer.queue
-        reported = self._history().last
+        active = stage.consumer.active
         return Result(
             broker=stage.broker.title,
             seconds=time.monotonic() - self._began_s,
@@ -212,7 +212,7 @@ class Day:
             dead_letters=max(len(stage.consumer.dead_letters()), queue.dead_letters if queue else 0),
             dropped=sum(n for reason, n in queue.dropped.items() if reason != _RECOGNISED) if queue else 0,
             recognised=queue.dropped.get(_RECOGNISED, 0) if queue else 0,
-            active_version=reported.active.version if reported and reported.active else None,
+            active_version=active.version if active else None,
             updates=tuple(self._outcome(release, rev) for release, rev in self._orders),
             notes=tuple(self._notes),
         )
@@ -232,15 +232,15 @@ class Day:
         )
 
     def _scene(self) -> Scene:
-        stage, reported = self._stage, self._history().last
-        status = stage.consumer.status
+        stage = self._stage
+        status, active = stage.consumer.status, stage.consumer.active
         return Scene(
             phase=self._phase,
             elapsed_s=time.monotonic() - self._began_s,
             broker=stage.broker.title,
             link_up=stage.link.up,
             node=status.state if status else "unknown",
-            model=reported.active.version if reported and reported.active else "none",
+            model=active.version if active else "none",
             totals=stage.ledger.totals(),
             queue=stage.consumer.queue,
             updates=tuple((r.variant.label, _last_state(stage.consumer.history(rev))) for r, rev in self._orders),
