@@ -33,11 +33,20 @@ def error_codes(root: Path = ROOT) -> dict[str, list[str]]:
     areas = {"net", "os"} | {code.partition(".")[0] for tree in trees.values() for code in _raised(tree)}
     found: dict[str, list[str]] = {}
     for where, tree in trees.items():
-        for code in sorted(set(_literals(ast.walk(tree)))):
+        for code in sorted(set(_literals(_without_log_names(tree)))):
             area, _, fault = code.partition(".")
             if area in areas and fault not in FILE_SUFFIXES:
                 found.setdefault(code, []).append(where)
     return dict(sorted(found.items()))
+
+
+def _without_log_names(tree: ast.Module) -> list[ast.AST]:
+    names = {
+        id(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).startswith(("_log.", "log."))
+    }
+    return [node for node in ast.walk(tree) if id(node) not in names]
 
 
 def _raised(tree: ast.Module) -> Iterator[str]:

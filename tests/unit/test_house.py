@@ -80,6 +80,7 @@ def test_the_wheel_holds_the_packages_and_their_files_and_nothing_else(tmp_path:
         shutil.copytree(ROOT / package, tree / package, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "docs", tree / "docs")
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
@@ -91,7 +92,10 @@ def test_the_wheel_holds_the_packages_and_their_files_and_nothing_else(tmp_path:
     )
     (wheel,) = tmp_path.glob("edge_agent-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
+    version = PROJECT["project"]["version"]
+    own = (f"edge_agent-{version}.dist-info/", f"edge_agent-{version}.data/data/share/doc/edge-agent/")
+    assert {name.split("/")[0] for name in names if not name.startswith(own)} == set(PACKAGES)
+    assert f"{own[1]}errors.md" in names
     assert not {name for name in names if name.endswith((".onnx", ".safetensors"))}, "models travel as releases"
     expected = [
         path
