@@ -36,6 +36,7 @@ from edge_agent.uplink.spool import Spool
 _log = get_logger(__name__)
 IDLE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.1
+MODEL_ALARM = "model"
 VERSION = metadata.version("edge-agent")
 
 
@@ -54,6 +55,7 @@ class Agent:
         self._boot_id = uuid.uuid4().hex
         self._since_ms = now_ms()
         self._draining = False
+        self._alarmed = False
         _make_state_dir(settings)
         self._topics = NodeTopics(settings.node.site, settings.node.name)
         self._spool = Spool(
@@ -62,7 +64,7 @@ class Agent:
         self._serving = ServingWorker(settings.worker)
         self._answering = Answering(self._spool, self._serving, settings.node, self._topics)
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
-        exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._publish_meta)
+        exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._announce_model)
         self._updater = Updater(settings.update, settings.state_dir, settings.node.name, exchange)
         self._uplink = MqttUplink(
             settings.mqtt, self._topics, self._spool, self, drain_per_s=settings.spool.drain_per_s
@@ -100,12 +102,20 @@ class Agent:
         step = self._answering.step()
         self._notifier.progress()
         if step is Step.IDLE:
+            self._keep_worker()
             self._spool.inbox_changed.wait(IDLE_WAIT_S)
         elif step is Step.BLOCKED:
             stop.wait(BLOCKED_WAIT_S)
         if time.monotonic() >= self._next_telemetry_s:
             self._next_telemetry_s = time.monotonic() + self._settings.telemetry.period_s
             self._publish_telemetry()
+
+    def _keep_worker(self) -> None:
+        if self._serving.ready:
+            try:
+                self._serving.keep_alive()
+            except EdgeError as error:
+                _log.error("worker cannot be restarted", error=error)
 
     def _serve_active(self) -> None:
         """Start the worker on the active slot. A fault raises an alarm; the daemon lives on and can be mended."""
@@ -115,7 +125,9 @@ class Agent:
                 self._serving.exchange(active.path, active.digest)
         except EdgeError as error:
             _log.error("the active bundle cannot be served", error=error)
-            self._publish_alarm("model", error)
+            self._alarmed = True
+            alarm = json.dumps(error.as_dict(), default=str).encode()
+            self._uplink.publish_retained(self._topics.alarm(MODEL_ALARM), alarm)
 
     # ---- what the uplink asks (edge_agent.uplink.ports.UplinkPorts)
 
@@ -158,13 +170,12 @@ class Agent:
         self._uplink.publish_retained(self._topics.model_reported, reported.model_dump_json().encode())
         self._notifier.status(self._headline())
 
-    def _publish_meta(self) -> None:
-        """Another model may bring other tasks."""
+    def _announce_model(self) -> None:
+        """Another model may bring other tasks, and cures the alarm about one that could not be served."""
+        if self._alarmed and self._serving.model is not None:
+            self._uplink.publish_retained(self._topics.alarm(MODEL_ALARM), b"")
+            self._alarmed = False
         self._uplink.publish_retained(self._topics.meta, self._meta().model_dump_json().encode())
-
-    def _publish_alarm(self, kind: str, error: EdgeError) -> None:
-        """Raise ``alarm/<kind>`` (retained); an empty payload clears it."""
-        self._uplink.publish_retained(self._topics.alarm(kind), json.dumps(error.as_dict(), default=str).encode())
 
     def _publish_telemetry(self) -> None:
         counts = self._serving.counts()

@@ -172,6 +172,16 @@ class ServingWorker:
             self._count_answer(answer)
             return answer
 
+    def keep_alive(self) -> None:
+        """Restart a worker that died between two events, so that the next event does not pay for the load.
+
+        Raises:
+            TransientError: ``worker.not_ready`` while nothing can be started yet.
+            EdgeError: the restart failed.
+        """
+        with self._lock:
+            self._running_worker()
+
     def counts(self) -> ServingCounts:
         """A copy of the counts since the last exchange."""
         with self._lock:
