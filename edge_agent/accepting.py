@@ -40,11 +40,10 @@ class Accepting:
             identity = event_id(parse_event(payload, max_bytes=limit_bytes))
         except RefusedError as error:
             self._spool.bury(None, error, task=task, payload=payload)
-            _log.warning("event refused", task=task[:64], error=error)
             raise
         outcome = self._spool.accept(task, identity, payload, spec.priority if spec else "normal", now_ms())
         if outcome is not Accepted:
-            _log.debug("event repeated", task=task, event_id=identity)
+            _log.debug("event_repeated", task=task, event_id=identity)
 
     def _spec(self, task: str) -> TaskSpec | None:
         tasks = self._tasks()

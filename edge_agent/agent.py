@@ -115,7 +115,7 @@ class Agent:
             try:
                 self._serving.keep_alive()
             except EdgeError as error:
-                _log.error("worker cannot be restarted", error=error)
+                _log.error("worker_not_restarted", error=error)
 
     def _serve_active(self) -> None:
         """Start the worker on the active slot. A fault raises an alarm; the daemon lives on and can be mended."""
@@ -124,7 +124,7 @@ class Agent:
             if active is not None:
                 self._serving.exchange(active.path, active.digest)
         except EdgeError as error:
-            _log.error("the active bundle cannot be served", error=error)
+            _log.error("bundle_not_served", error=error)
             self._alarmed = True
             alarm = json.dumps(error.as_dict(), default=str).encode()
             self._uplink.publish_retained(self._topics.alarm(MODEL_ALARM), alarm)
@@ -192,7 +192,7 @@ class Agent:
             hardware = hardware_telemetry(self._settings.state_dir, worker_pid=self._serving.worker_pid)
             queue = self._spool.counts()
         except EdgeError as error:
-            _log.warning("telemetry incomplete", error=error)
+            _log.warning("telemetry_incomplete", error=error)
             return
         for kind, payload in (("hw", hardware), ("inference", inference), ("queue", queue)):
             self._uplink.publish_telemetry(self._topics.tele(kind), payload.model_dump_json().encode())

@@ -77,7 +77,7 @@ class Answering:
         try:
             row = self._spool.next_event()
         except TransientError as error:
-            _log.error("inbox cannot be read", error=error)
+            _log.error("inbox_unreadable", error=error)
             return Step.BLOCKED
         if row is None:
             return Step.IDLE
@@ -86,7 +86,7 @@ class Answering:
         except TransientError as error:
             # A disk that is full, say: the event keeps its place and no acknowledgement is taken back.
             self._spool.release(row.inbox_id)
-            _log.error("event waits", event_id=row.event_id, error=error)
+            _log.error("event_waits", event_id=row.event_id, error=error)
             return Step.BLOCKED
 
     def _answer(self, row: InboxEvent) -> Step:
@@ -101,7 +101,7 @@ class Answering:
             return self._retry_later(row, error)
         except EdgeError as error:
             self._spool.bury(row.inbox_id, error)
-            _log.warning("event buried", event_id=row.event_id, task=row.task, error=error)
+            _log.warning("event_buried", event_id=row.event_id, task=row.task, error=error)
             return Step.BURIED
         self._publish(row, event, answer, model)
         return Step.ANSWERED
@@ -124,5 +124,5 @@ class Answering:
         if error.code not in _LOST_WORKER:
             raise error
         buried = self._spool.worker_died(row.inbox_id)
-        _log.error("worker lost over an event", event_id=row.event_id, buried=buried, error=error)
+        _log.error("worker_lost", event_id=row.event_id, buried=buried, error=error)
         return Step.BURIED if buried else Step.BLOCKED

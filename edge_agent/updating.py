@@ -56,7 +56,7 @@ class ModelExchange:
             self._serving.model is not None and self._available_bytes() < manifest.resources.ram_bytes + _SPARE_BYTES
         )
         if makes_room:
-            _log.warning("memory cannot hold two models: events wait during the trial", digest=digest[:12])
+            _log.warning("no_memory_for_two_models", digest=digest[:12])
             self._serving.pause()
         worker = worker_on(bundle_dir, digest, self._settings)
         try:
@@ -90,7 +90,7 @@ class ModelExchange:
         if model is not None and model.ref.digest == digest and model.bundle == bundle_dir:
             return
         self._serving.exchange(bundle_dir, digest)
-        _log.info("model in service", bundle=str(bundle_dir), digest=digest[:12])
+        _log.info("model_in_service", bundle=str(bundle_dir), digest=digest[:12])
         self._announce()
 
     def withdraw(self) -> None:

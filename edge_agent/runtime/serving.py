@@ -84,7 +84,7 @@ class ServingCounts:
 
 def worker_on(bundle: Path, digest: str, settings: WorkerSettings) -> WorkerProcess:
     """A worker process whose output goes to the log."""
-    return WorkerProcess(bundle, digest, settings, on_log=lambda line: _log.info("worker says", line=line))
+    return WorkerProcess(bundle, digest, settings, on_log=lambda line: _log.info("worker_says", line=line))
 
 
 class ServingWorker:
