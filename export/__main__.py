@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, "json", False):
             print(json.dumps({"error": error.as_dict()}))
         print(f"edge-export: {error}", file=sys.stderr)
-        return 2 if error.code in ("export.usage",) else 1
+        return 2 if error.code == "export.usage" else 1
     except KeyboardInterrupt:
         print("edge-export: interrupted, nothing was written", file=sys.stderr)
         return 1
@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands)
     sign = commands.add_parser("sign", help="sign a bundle (again)", description="Hash every file, then sign.")
     sign.add_argument("bundle", type=Path)
-    sign.add_argument("--key", type=Path, metavar="FILE", help="Ed25519 private key (PEM); default: the developer's own")
+    sign.add_argument(
+        "--key", type=Path, metavar="FILE", help="Ed25519 private key (PEM); default: the developer's own"
+    )
     sign.set_defaults(command=_sign)
     targets = commands.add_parser("targets", help="list targets and how far each was verified")
     targets.add_argument("--json", action="store_true")
@@ -154,7 +156,8 @@ def _targets(arguments: argparse.Namespace) -> int:
         return 0
     for board in boards.values():
         precisions = ", ".join(board.precisions) or "-"
-        print(f"{board.name:<12} {'yes' if board.buildable else 'no':<4} {board.verification:<11} {precisions:<11} {board.note}")
+        buildable = "yes" if board.buildable else "no"
+        print(f"{board.name:<12} {buildable:<4} {board.verification:<11} {precisions:<11} {board.note}")
     return 0
 
 
@@ -179,7 +182,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     for name, share in quality.accuracy.items():
         print(f"{name:<16}{share:>9.2%}{quality.ece[name]:>8.3f}")
     print(f"{'every field':<16}{quality.exact:>9.2%}")
-    print(f"{'confident':<16}{quality.answered:>9.2%}  of events, of which {quality.exact_when_answered:.2%} right in every field")
+    print(
+        f"{'confident':<16}{quality.answered:>9.2%}  of events; right in every field: {quality.exact_when_answered:.2%}"
+    )
     return 0
 
 

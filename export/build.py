@@ -1,4 +1,4 @@
-"""The stages of ``edge-export build``, in order: check, build, hold against the original, quantise, measure, pack, sign."""
+"""The stages of ``edge-export build``: check, build, hold against the original, quantise, measure, pack, sign."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from edge_agent.contract.manifest import Manifest, ModelSpec, Resources
+from edge_agent.contract.manifest import Manifest, ModelSpec, Resources, read_manifest
+from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import copy_durable
-from export.boards import Board, buildable_board
+from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.engine import Engine
+from export.boards import buildable_board
 from export.bundle import check_out, fresh_directory, list_files, tool_versions, write_file, write_manifest
 from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
 from export.evaluate import evaluate, greedy_backend, read_labelled
 from export.graph import build_fp32, graph_shape, save_graph
 from export.greedy import GreedyDecoder, StepModel
+from export.measure import DEADLINE_S, THREADS, read_temperatures
 from export.parity import Agreement, against_transformers, between
 from export.quantize import QuantSettings, quantize_int4
 from export.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
@@ -69,9 +73,9 @@ class BuildRequest:
     tasks: tuple[Path, ...]
     identity: Identity
     precision: Precision = "int4"
-    quantisation: QuantSettings = QuantSettings()
+    quantisation: QuantSettings = field(default_factory=QuantSettings)
     max_context_tokens: int = 2048
-    measurement: Measurement = Measurement()
+    measurement: Measurement = field(default_factory=Measurement)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,14 @@ class _Graphs:
     spec: ModelSpec
 
 
+@dataclass(frozen=True)
+class _Labelled:
+    """Labelled events of one task."""
+
+    calibrate_on: list[GoldenExample]
+    evaluate_on: list[GoldenExample]
+
+
 def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, *, force: bool, log: Log) -> BuildResult:
     """Build, measure, pack and sign a bundle.
 
@@ -110,11 +122,11 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, *, force: bo
         EdgeError: ``export.*``, ``task.*`` or ``key.*``; nothing is left at ``out``.
     """
     check_out(out, force=force)
-    board = buildable_board(request.identity.target)
+    buildable_board(request.identity.target)
     checkpoint = open_checkpoint(request.checkpoint)
     context = min(checkpoint.max_positions, request.max_context_tokens)
     tasks = open_tasks(request.tasks, context)
-    _check_measurement(request.measurement, tasks)
+    labelled = _read_labelled(request.measurement, tasks)
     log(f"checkpoint: {checkpoint.architecture}, {checkpoint.parameters:,} parameters, {len(tasks)} task(s)")
     with (
         fresh_directory(out, force=force) as folder,
@@ -125,8 +137,12 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, *, force: bo
         for task in tasks:
             for name, source in task.files().items():
                 write_file(folder, name, source.read_bytes())
-        report = _measure(request, checkpoint, tasks, graphs, folder, board, log)
+        report = _facts(request, checkpoint, graphs, folder)
+        report["parity"] = _parity(request, tasks, graphs, folder, log)
+        report["calibration"] = _calibrate(tasks, labelled, graphs, folder, log)
+        report["quality"] = _quality(request, tasks, labelled, graphs, folder, log)
         manifest = _pack(request, checkpoint, tasks, graphs.spec, report, folder)
+        _answer_golden(folder, log)
         digest = sign_bundle(folder, key)
     log(f"bundle: {manifest.size_bytes:,} bytes in {len(manifest.files)} files, digest {digest}")
     return BuildResult(digest, manifest, report)
@@ -140,8 +156,8 @@ def _build_graphs(
     save_graph(model, fp32_path)
     precision = "fp32" if request.precision == "fp32" else request.quantisation.label
     spec = _model_spec(checkpoint, model, context, precision)
-    parity = against_transformers(checkpoint, StepModel(fp32_path, spec, threads=2))
-    log(f"fp32 graph: largest logit difference to transformers {parity.max_abs_diff:.2e} at {parity.positions} positions")
+    parity = against_transformers(checkpoint, StepModel(fp32_path, spec, threads=THREADS))
+    log(f"fp32 graph: logits within {parity.max_abs_diff:.2e} of transformers at {parity.positions} positions")
     if not parity.holds:
         raise PermanentError(
             "export.parity_failed",
@@ -173,59 +189,67 @@ def _model_spec(checkpoint: Checkpoint, model: ModelProto, context: int, precisi
     )
 
 
-def _measure(
-    request: BuildRequest,
-    checkpoint: Checkpoint,
-    tasks: list[TaskFolder],
-    graphs: _Graphs,
-    folder: Path,
-    board: Board,
-    log: Log,
-) -> dict[str, Any]:
-    tokenizer = folder / TOKENIZER_NAME
-    shipped = GreedyDecoder(graphs.shipped, tokenizer, graphs.spec, threads=2)
-    parity: dict[str, Any] = {"fp32_matches_transformers": True}
-    if request.precision == "int4":
-        agreement = _agreement(graphs, shipped, tasks)
-        parity["int4_against_fp32"] = agreement.as_dict()
-        log(f"int4 graph: same top token as fp32 at {agreement.same_top1} of {agreement.positions} positions")
-    calibration: dict[str, dict[str, float]] = {}
-    quality: dict[str, Any] = {name: dict(figures) for name, figures in request.measurement.quality.items()}
-    for task in tasks:
-        name = task.spec.name
-        if name in request.measurement.calibrate_on:
-            rows = read_labelled(request.measurement.calibrate_on[name], task.spec)
-            calibration[name] = fit_temperatures(shipped, task.spec, rows)
-            write_file(folder, f"tasks/{name}/{CALIBRATION_NAME}", calibration_bytes(calibration[name]))
-            log(f"{name}: temperatures {calibration[name]} from {len(rows)} events")
-        if name in request.measurement.evaluate_on:
-            rows = read_labelled(request.measurement.evaluate_on[name], task.spec)
-            for precision, graph in {"fp32": graphs.fp32, request.precision: graphs.shipped}.items():
-                decoder = GreedyDecoder(graph, tokenizer, graphs.spec, threads=2)
-                temperatures = calibration.get(name) if graph == graphs.shipped else None
-                found = evaluate(greedy_backend(decoder, task.spec, temperatures), rows, task.spec)
-                quality.setdefault(name, {})[precision] = found.as_dict()
-                log(f"{name}: {precision} right in every field for {found.exact:.2%} of {found.rows} events")
-    graph_bytes = sum(f.stat().st_size for f in graphs.shipped.parent.iterdir())
+def _facts(request: BuildRequest, checkpoint: Checkpoint, graphs: _Graphs, folder: Path) -> dict[str, Any]:
+    identity = request.identity
+    graph_bytes = sum(file.stat().st_size for file in graphs.shipped.parent.iterdir())
     return {
         "format": 1,
-        "bundle": {
-            "name": request.identity.name,
-            "version": request.identity.version,
-            "target": request.identity.target,
-        },
+        "bundle": {"name": identity.name, "version": identity.version, "target": identity.target},
         "precision": graphs.spec.precision,
-        "verification": board.verification,
+        "verification": buildable_board(identity.target).verification,
         "size_bytes": {
             **size_by_part(graphs.shipped_model, graph_bytes),
-            "tokenizer": tokenizer.stat().st_size,
+            "tokenizer": (folder / TOKENIZER_NAME).stat().st_size,
         },
-        "parity": parity,
-        "calibration": calibration,
-        "quality": quality,
         "checkpoint": _checkpoint_facts(checkpoint),
         "tools": tool_versions(),
     }
+
+
+def _parity(request: BuildRequest, tasks: list[TaskFolder], graphs: _Graphs, folder: Path, log: Log) -> dict[str, Any]:
+    # The difference itself is left out: it depends on the machine, that it is small enough does not.
+    parity: dict[str, Any] = {"fp32_matches_transformers": True}
+    if request.precision == "int4":
+        agreement = _agreement(graphs, _decoder(graphs.shipped, graphs, folder), tasks)
+        parity["int4_against_fp32"] = agreement.as_dict()
+        log(f"int4 graph: same top token as fp32 at {agreement.same_top1} of {agreement.positions} positions")
+    return parity
+
+
+def _calibrate(
+    tasks: list[TaskFolder], labelled: dict[str, _Labelled], graphs: _Graphs, folder: Path, log: Log
+) -> dict[str, dict[str, float]]:
+    for task in tasks:
+        name, rows = task.spec.name, labelled[task.spec.name].calibrate_on
+        if rows:
+            found = fit_temperatures(_decoder(graphs.shipped, graphs, folder), task.spec, rows)
+            write_file(folder, f"tasks/{name}/{CALIBRATION_NAME}", calibration_bytes(found))
+            log(f"{name}: temperatures {found} from {len(rows)} events")
+    temperatures = {task.spec.name: read_temperatures(folder, task.spec.name) for task in tasks}
+    return {name: found for name, found in temperatures.items() if found}
+
+
+def _quality(
+    request: BuildRequest,
+    tasks: list[TaskFolder],
+    labelled: dict[str, _Labelled],
+    graphs: _Graphs,
+    folder: Path,
+    log: Log,
+) -> dict[str, Any]:
+    quality: dict[str, Any] = {name: dict(figures) for name, figures in request.measurement.quality.items()}
+    for task in tasks:
+        name, rows = task.spec.name, labelled[task.spec.name].evaluate_on
+        for precision, graph in {"fp32": graphs.fp32, request.precision: graphs.shipped}.items() if rows else ():
+            temperatures = read_temperatures(folder, name) if graph == graphs.shipped else None
+            found = evaluate(greedy_backend(_decoder(graph, graphs, folder), task.spec, temperatures), rows, task.spec)
+            quality.setdefault(name, {})[precision] = found.as_dict()
+            log(f"{name}: {precision} right in every field for {found.exact:.2%} of {found.rows} events")
+    return quality
+
+
+def _decoder(graph: Path, graphs: _Graphs, folder: Path) -> GreedyDecoder:
+    return GreedyDecoder(graph, folder / TOKENIZER_NAME, graphs.spec, threads=THREADS)
 
 
 def _agreement(graphs: _Graphs, shipped: GreedyDecoder, tasks: list[TaskFolder]) -> Agreement:
@@ -293,11 +317,35 @@ def _ram_bytes(spec: ModelSpec, disk_bytes: int) -> int:
     return RUNTIME_BASE_BYTES + 2 * disk_bytes + 2 * kv_bytes
 
 
-def _check_measurement(measurement: Measurement, tasks: list[TaskFolder]) -> None:
+def _answer_golden(folder: Path, log: Log) -> None:
+    """Load the bundle with the device's engine and refuse what a device's trial would refuse."""
+    engine = Engine(open_installed_bundle(folder, read_manifest(folder)[1]), THREADS)
+    total = 0
+    for name in engine.tasks:
+        for number, example in enumerate(engine.golden(name), start=1):
+            total += 1
+            # Without the task's deadline: a busy build machine says nothing about a device's speed.
+            answer = engine.decide(name, dict(example.event), deadline_s=DEADLINE_S)
+            if answer.decision != example.decision:
+                raise RefusedError(
+                    "export.golden_failed",
+                    f"golden example {number} of task {name!r} is answered {answer.decision}, not {example.decision}",
+                )
+    log(f"engine: {total} golden examples answered as they must be")
+
+
+def _read_labelled(measurement: Measurement, tasks: list[TaskFolder]) -> dict[str, _Labelled]:
+    """Read all labelled events before the long work begins."""
     known = {task.spec.name for task in tasks}
     for name in {*measurement.calibrate_on, *measurement.evaluate_on, *measurement.quality}:
         if name not in known:
             raise RefusedError("export.task_unknown", f"no task {name!r} among: {', '.join(sorted(known))}")
+
+    def rows(files: dict[str, Path], task: TaskFolder) -> list[GoldenExample]:
+        file = files.get(task.spec.name)
+        return read_labelled(file, task.spec) if file else []
+
+    return {t.spec.name: _Labelled(rows(measurement.calibrate_on, t), rows(measurement.evaluate_on, t)) for t in tasks}
 
 
 def read_quality(path: Path) -> dict[str, Any]:
@@ -308,9 +356,10 @@ def read_quality(path: Path) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(f["accuracy"], dict) and "ece" in f for by in parsed.values() for f in by.values()):
-            raise ValueError("figures lack accuracy or ece")
+        complete = all(set(f["accuracy"]) == set(f["ece"]) and f["rows"] for by in parsed.values() for f in by.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PermanentError("export.quality_invalid", f"{path}: {error}") from error
+    if not complete:
+        raise PermanentError("export.quality_invalid", f"{path}: accuracy, ece and rows are needed")
     result: dict[str, Any] = parsed
     return result

@@ -1,7 +1,7 @@
 """One temperature per field, so that a confidence of 0.9 is right nine times in ten.
 
 ``tasks/<task>/calibration.json`` is ``{"format": 1, "temperature": {"category": 1.3, ...}}``; the engine applies
-p_i ∝ p_i^(1/T) to the softmax over the allowed tokens at each choice of the field. Argmax, hence the decision, is unchanged.
+p_i ∝ p_i^(1/T) to the softmax over the allowed tokens at each choice of the field. The decision is unchanged.
 """
 
 from __future__ import annotations

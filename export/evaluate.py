@@ -73,25 +73,26 @@ def read_labelled(path: Path, task: TaskSpec, limit: int | None = None) -> list[
     Raises:
         PermanentError: ``export.data_unreadable`` or ``export.data_invalid`` with the line number.
     """
-    rows: list[GoldenExample] = []
-    number = 0
     try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-            if not line.strip() or (limit is not None and len(rows) >= limit):
-                continue
-            parsed = json.loads(line)
-            row = GoldenExample(event=check_event(parsed["event"]), decision=parsed["decision"])
-            problems = task.check_decision(dict(row.decision))
-            if problems:
-                raise ValueError("; ".join(problems))
-            rows.append(row)
-    except OSError as error:
-        raise PermanentError("export.data_unreadable", f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, EdgeError) as error:
-        raise PermanentError("export.data_invalid", f"{path.name} line {number}: {error}") from error
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PermanentError("export.data_unreadable", f"cannot read {path}: {error}") from error
+    rows = [_labelled(line, f"{path.name} line {number}", task) for number, line in enumerate(lines[:limit], start=1)]
     if not rows:
         raise PermanentError("export.data_invalid", f"{path.name} holds no labelled event")
     return rows
+
+
+def _labelled(line: str, where: str, task: TaskSpec) -> GoldenExample:
+    try:
+        parsed = json.loads(line)
+        row = GoldenExample(event=check_event(parsed["event"]), decision=parsed["decision"])
+        problems = task.check_decision(dict(row.decision))
+    except (ValueError, KeyError, TypeError, EdgeError) as error:
+        raise PermanentError("export.data_invalid", f"{where}: {error}") from error
+    if problems:
+        raise PermanentError("export.data_invalid", f"{where}: {'; '.join(problems)}")
+    return row
 
 
 def greedy_backend(decoder: GreedyDecoder, task: TaskSpec, temperatures: dict[str, float] | None = None) -> Decide:

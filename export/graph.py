@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mobius
 import numpy as np
@@ -103,9 +103,7 @@ def save_graph(model: ModelProto, path: Path) -> list[Path]:
     copy = ModelProto()
     copy.CopyFrom(model)
     location = f"{path.name}.data"
-    onnx.save_model(
-        copy, str(path), save_as_external_data=True, location=location, size_threshold=_ALIGNED_BYTES
-    )
+    onnx.save_model(copy, str(path), save_as_external_data=True, location=location, size_threshold=_ALIGNED_BYTES)
     return [path, path.parent / location]
 
 
@@ -127,7 +125,8 @@ def _write_view(checkpoint: Checkpoint, view: Path) -> None:
 
 
 def _mobius_model(view: Path) -> ModelProto:
-    logging.getLogger("mobius").setLevel(logging.ERROR)
+    for chatty in ("mobius", "onnx_ir", "onnxscript"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             package = mobius.build(str(view), execution_provider="cpu", dtype="f32")
@@ -135,7 +134,7 @@ def _mobius_model(view: Path) -> ModelProto:
             missing = [name for name, value in built.graph.initializers.items() if value.const_value is None]
             if missing:
                 raise PermanentError("export.tensor_missing", f"the checkpoint lacks {missing[0]}", tensors=missing[:8])
-            return onnx_ir.to_proto(built)
+            return cast("ModelProto", onnx_ir.to_proto(built))
     except (ValueError, KeyError, RuntimeError, NotImplementedError, TypeError, OSError) as error:
         raise PermanentError("export.graph_failed", f"mobius could not build the graph: {error}") from error
 
@@ -148,7 +147,9 @@ def _check_rotary(nodes: Any) -> None:
     for node in attention:
         fused = any(attribute.name == "do_rotary" and attribute.i == 1 for attribute in node.attribute)
         if not (fused or rotary_ops):
-            raise PermanentError("export.rotary_missing", f"{node.name} applies no position: its answers would be noise")
+            raise PermanentError(
+                "export.rotary_missing", f"{node.name} applies no position: its answers would be noise"
+            )
 
 
 def _strip_names_of_this_machine(model: ModelProto) -> None:
@@ -207,5 +208,5 @@ def insert_before(model: ModelProto, anchor: NodeProto, *nodes: NodeProto) -> No
 def _producer(model: ModelProto, tensor: str) -> NodeProto:
     for node in model.graph.node:
         if tensor in node.output:
-            return node
+            return cast("NodeProto", node)
     raise PermanentError("export.graph_unexpected", f"nothing in the graph produces {tensor}")

@@ -37,7 +37,9 @@ def bundle_backend(bundle: Path, task: TaskSpec, *, oracle: bool = False) -> Ite
     manifest, digest = read_manifest(bundle)
     verified = open_installed_bundle(bundle, digest)
     if oracle:
-        decoder = GreedyDecoder(bundle / manifest.model.decoder, bundle / manifest.model.tokenizer, manifest.model, THREADS)
+        decoder = GreedyDecoder(
+            bundle / manifest.model.decoder, bundle / manifest.model.tokenizer, manifest.model, THREADS
+        )
         yield greedy_backend(decoder, task, read_temperatures(bundle, task.name))
         return
     engine = Engine(verified, THREADS)

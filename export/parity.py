@@ -37,6 +37,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
+        """Whether the graph may be shipped."""
         return self.same_tokens and self.max_abs_diff <= TOLERANCE * max(1.0, self.max_abs_logit)
 
 

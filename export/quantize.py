@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,7 @@ class QuantSettings:
 
     @property
     def label(self) -> str:
+        """The precision as manifests and reports name it."""
         return f"int4-{self.method}-{self.block_size}"
 
 
@@ -224,5 +225,5 @@ def _int_attribute(node: NodeProto, name: str) -> int:
 def _initializer(model: ModelProto, name: str) -> TensorProto:
     for tensor in model.graph.initializer:
         if tensor.name == name:
-            return tensor
+            return cast("TensorProto", tensor)
     raise PermanentError("export.graph_unexpected", f"the graph holds no weight {name}")

@@ -45,7 +45,9 @@ def _restore_gemma3_attention(model: ModelProto, config: dict[str, Any]) -> None
     kinds: list[str] = config["layer_types"]
     tables = ("rotary.global.cos_cache", "rotary.global.sin_cache")
     if "full_attention" in kinds:
-        cos, sin = _rotary_tables(float(config["rope_theta"]), int(config["head_dim"]), config["max_position_embeddings"])
+        cos, sin = _rotary_tables(
+            float(config["rope_theta"]), int(config["head_dim"]), config["max_position_embeddings"]
+        )
         model.graph.initializer.append(numpy_helper.from_array(cos, tables[0]))
         model.graph.initializer.append(numpy_helper.from_array(sin, tables[1]))
     attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]

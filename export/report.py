@@ -1,4 +1,4 @@
-"""The report card of an export: ``report.json`` for programs, ``report.html`` for people. No clock, no path, no host."""
+"""The report card of an export: ``report.json`` for programs, ``report.html`` for people. No clock, path or host."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def report_html_bytes(report: dict[str, Any]) -> bytes:
     checkpoint = report["checkpoint"]
     sections += [
         "<h2>Origin</h2>",
-        f"<p>{escape(checkpoint['architecture'])}, {checkpoint['parameters']:,} parameters, checkpoint "
-        f"<code>{escape(checkpoint['sha256'])}</code></p>",
+        (
+            f"<p>{escape(checkpoint['architecture'])}, {checkpoint['parameters']:,} parameters, checkpoint "
+            f"<code>{escape(checkpoint['sha256'])}</code></p>"
+        ),
         _table(["tool", "version"], list(report["tools"].items())),
     ]
     body = "\n".join(sections)

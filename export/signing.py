@@ -79,5 +79,5 @@ def _create_developer_key(path: Path) -> Ed25519PrivateKey:
     # Trust first: a private key without its public half would sign bundles that this machine refuses.
     write_atomic(trusted, public_key_to_pem(key.public_key()), mode=0o644)
     write_atomic(path, private_key_to_pem(key), mode=0o600)
-    print(f"edge-export: created signing key {path} (public half: {trusted})", file=sys.stderr)
+    sys.stderr.write(f"edge-export: created signing key {path} (public half: {trusted})\n")
     return key

@@ -52,18 +52,22 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
+        """``model_type`` of the configuration."""
         return str(self.config["model_type"])
 
     @property
     def vocab_size(self) -> int:
+        """Rows of the embedding."""
         return int(self.config["vocab_size"])
 
     @property
     def max_positions(self) -> int:
+        """Longest text in tokens that the model was made for."""
         return int(self.config["max_position_embeddings"])
 
     @property
     def eos_token_id(self) -> int:
+        """The end token, the first where the configuration lists several."""
         found = _first_id(self.config.get("eos_token_id"))
         if found is None:
             raise PermanentError("export.config_invalid", "config.json names no eos_token_id")
@@ -106,7 +110,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     hashes = {name: sha256_file(path / name) for name in names}
     checkpoint = Checkpoint(path, config, weight_files, parameters, bos_token_id, hashes)
     if checkpoint.eos_token_id >= checkpoint.vocab_size:
-        raise PermanentError("export.config_invalid", f"eos_token_id {checkpoint.eos_token_id} is outside the vocabulary")
+        raise PermanentError(
+            "export.config_invalid", f"eos_token_id {checkpoint.eos_token_id} is outside the vocabulary"
+        )
     return checkpoint
 
 
@@ -122,7 +128,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PermanentError("export.config_invalid", f"config.json: {name} must be a positive integer, not {value!r}")
+            raise PermanentError(
+                "export.config_invalid", f"config.json: {name} must be a positive integer, not {value!r}"
+            )
     return config
 
 
@@ -149,7 +157,9 @@ def _indexed_files(path: Path) -> tuple[Path, ...]:
         if PurePath(name).suffix in PICKLE_SUFFIXES:
             raise RefusedError("export.pickle_refused", f"{INDEX_NAME} names {name}, which is a pickle")
         if PurePath(name).name != name or not name.endswith(".safetensors"):
-            raise PermanentError("export.index_invalid", f"{INDEX_NAME} names {name!r}, which is not a shard of this folder")
+            raise PermanentError(
+                "export.index_invalid", f"{INDEX_NAME} names {name!r}, which is not a shard of this folder"
+            )
         if not (path / name).is_file():
             raise PermanentError("export.shard_missing", f"shard {name} of {len(names)} is not there", shard=name)
     return tuple(path / name for name in names)
@@ -165,7 +175,9 @@ def _count_parameters(file: Path) -> int:
                     count *= size
                 total += count
     except (SafetensorError, OSError) as error:
-        raise PermanentError("export.weights_corrupt", f"{file.name} is not a whole safetensors file: {error}") from error
+        raise PermanentError(
+            "export.weights_corrupt", f"{file.name} is not a whole safetensors file: {error}"
+        ) from error
     return total
 
 
@@ -184,7 +196,9 @@ def _check_finite(file: Path) -> None:
 def _check_tokenizer(file: Path, vocab_size: int) -> int | None:
     """Read the tokenizer and return the id that it puts before every text, if any."""
     if not file.is_file():
-        raise PermanentError("export.tokenizer_missing", f"{file.name} is missing: only fast tokenizers can be exported")
+        raise PermanentError(
+            "export.tokenizer_missing", f"{file.name} is missing: only fast tokenizers can be exported"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception for a bad file

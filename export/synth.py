@@ -95,13 +95,19 @@ TRAINED_TOKENS = 4096
 SEED = 0
 
 # Enough plain text for common words to become tokens; the rest of the vocabulary is filler that no text reaches.
-_SUBJECTS = "press mill robot oven pump conveyor drive valve bearing gearbox sensor controller motor spindle filter".split()
+_SUBJECTS = ("press", "mill", "robot", "oven", "pump", "conveyor", "valve", "bearing", "gearbox", "sensor", "spindle")
 _FINDINGS = (
-    "hydraulic pressure below setpoint,temperature above limit,vibration exceeds warning level,no signal from encoder,"
-    "communication lost,guard door open,emergency stop pressed,coolant level low,current too high,belt slipping,"
-    "oil leak at seal,filter clogged,Druck unter Sollwert,Temperatur zu hoch,Verbindung verloren"
-).split(",")
-_ENDINGS = "for 12 s,since 06:40,after tool change,three times this hour,again,in cell 7,at 4.2 bar,bei Schichtbeginn".split(",")
+    "hydraulic pressure below setpoint",
+    "temperature above limit",
+    "vibration exceeds warning level",
+    "no signal from encoder",
+    "communication lost",
+    "emergency stop pressed",
+    "motor current too high",
+    "Druck unter Sollwert",
+    "Verbindung verloren",
+)
+_ENDINGS = ("for 12 s", "since 06:40", "after tool change", "three times this hour", "at 4.2 bar", "bei Schichtbeginn")
 
 
 def synthesise(like: str, folder: Path, *, layers: int | None = None, **changes: Any) -> int:
@@ -176,8 +182,8 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 def _byte_level(model: Any) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
