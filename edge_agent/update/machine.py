@@ -67,7 +67,7 @@ class Rule:
 _HOUR = 3600.0
 RULES: dict[Phase, Rule] = {
     # state                work              passed         failed         deadline_s   retries  resumes  blames
-    "downloading":  Rule(Action.DOWNLOAD,  "verifying",   "failed",         24 * _HOUR,  500,     100),
+    "downloading":  Rule(Action.DOWNLOAD,  "verifying",   "failed",         24 * _HOUR, 1000,     100),
     "verifying":    Rule(Action.VERIFY,    "installing",  "failed",              _HOUR,    5,      10),
     "installing":   Rule(Action.INSTALL,   "trial",       "failed",              _HOUR,    5,      10),
     "trial":        Rule(Action.TRIAL,     "probation",   "failed",              _HOUR,    2,       3,   blames=True),

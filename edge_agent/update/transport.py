@@ -10,7 +10,7 @@ import http.client
 import re
 import ssl
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -116,13 +116,9 @@ class HttpTransport:
     @contextmanager
     def open(self, path: str, *, offset: int = 0) -> Iterator[Stream]:
         """See `Transport`."""
-        connection = self._connect()
-        try:
-            response = self._request(connection, path, offset)
+        with closing(self._connect()) as connection, closing(self._request(connection, path, offset)) as response:
             start = _start_of(response, offset, path)
             yield Stream(start, _size_of(response, start), _http_chunks(response, path))
-        finally:
-            connection.close()
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._scheme == "https":
@@ -146,6 +142,7 @@ class HttpTransport:
                 "fetch.unreachable", f"{self._netloc}: {str(error) or type(error).__name__}"
             ) from error
         if response.status not in {200, 206, 416}:
+            response.close()
             raise _status_error(response.status, path)
         return response
 

@@ -28,7 +28,8 @@ from edge_agent.update.work import FindRelease, Work
 
 _BACKOFF_BASE_S = 1.0
 _BACKOFF_MAX_S = 300.0
-_SLICE_S = 0.5
+_IDLE_SLICE_S = 0.5
+_PAUSE_SLICE_S = 2.0
 _PERSIST_AGAIN_S = 5.0
 _MAILBOX = 8
 _PROGRESS_STEP = 0.05
@@ -118,7 +119,7 @@ class Updater:
         self._patient = True
         while not stop.is_set():
             if not self.advance():
-                self._clock.wait(self._wake, _SLICE_S)
+                self._clock.wait(self._wake, _IDLE_SLICE_S)
         self._remember_the_stop()
 
     def advance(self) -> bool:
@@ -205,7 +206,7 @@ class Updater:
         until_s = self._clock.monotonic_s() + pause_s
         while (left_s := until_s - self._clock.monotonic_s()) > 0:
             self._checkpoint()
-            self._clock.wait(self._wake, min(left_s, _SLICE_S))
+            self._clock.wait(self._wake, min(left_s, _PAUSE_SLICE_S))
 
     # -- orders -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,10 @@ from edge_agent.update.ports import ProbationCounts, TrialResult
 
 GOOD_TRIAL = TrialResult(passed=True, golden_total=3, golden_wrong=0, p95_ms=50.0, peak_rss_bytes=1 << 20, detail="ok")
 GOOD_SERVICE = ProbationCounts(decisions=100, errors=0, worker_deaths=0, p95_ms=60.0)
+
+
+class PowerCut(BaseException):
+    """Nothing catches it: the process is gone, and only the disk remains."""
 
 
 class FakeClock:
@@ -41,13 +46,13 @@ class FakePorts:
     """Loads bundles as a worker would (every file hashed), serves nothing.
 
     Args:
-        trials: digest -> result or error of its trial; `GOOD_TRIAL` otherwise.
-        service: digest -> counts in probation; `GOOD_SERVICE` otherwise.
+        trials: digest -> result or error of its trial, or what to call for one; `GOOD_TRIAL` otherwise.
+        service: digest -> counts in probation, or what to call for them; `GOOD_SERVICE` otherwise.
         swap_errors: errors that the next swaps raise, in order.
     """
 
-    trials: dict[str, TrialResult | EdgeError] = field(default_factory=dict)
-    service: dict[str, ProbationCounts] = field(default_factory=dict)
+    trials: dict[str, TrialResult | EdgeError | Callable[[], TrialResult]] = field(default_factory=dict)
+    service: dict[str, ProbationCounts | Callable[[], ProbationCounts]] = field(default_factory=dict)
     swap_errors: list[EdgeError] = field(default_factory=list)
     serving: str | None = None
     trial_runs: list[str] = field(default_factory=list)
@@ -60,7 +65,7 @@ class FakePorts:
         result = self.trials.get(digest, GOOD_TRIAL)
         if isinstance(result, EdgeError):
             raise result
-        return result
+        return result if isinstance(result, TrialResult) else result()
 
     def swap(self, bundle_dir: Path, digest: str) -> None:
         if self.swap_errors:
@@ -73,7 +78,8 @@ class FakePorts:
         self.serving = None
 
     def probation(self) -> ProbationCounts:
-        return self.service.get(self.serving or "", GOOD_SERVICE)
+        counts = self.service.get(self.serving or "", GOOD_SERVICE)
+        return counts if isinstance(counts, ProbationCounts) else counts()
 
     def report(self, reported: Reported) -> None:
         self.reports.append(reported)
