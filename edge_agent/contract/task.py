@@ -6,6 +6,7 @@ A task is the file an OT engineer edits (``tasks/<name>/task.yaml`` with ``golde
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -233,7 +234,7 @@ class TaskSpec(_Model):
                     raise ValueError(f"guard {guard.name!r}: {wanted!r} is not a value of {name!r}")
         return self
 
-    @property
+    @cached_property
     def output_fields(self) -> tuple[OutputField, ...]:
         """The answer's fields in the order in which they are decoded."""
         return parse_output_schema(self.output)
