@@ -9,7 +9,7 @@ from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import TransientError
 from edge_agent.settings import MqttSettings
 from edge_agent.uplink.connection import Connack, Connection, Identity
-from edge_agent.uplink.session import client_id
+from edge_agent.uplink.session import MAYBE_OLD, client_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def check_broker(settings: MqttSettings, topics: NodeTopics) -> BrokerFacts:
         try:
             return _try(settings, topics, is_v5=is_v5)
         except TransientError as error:
-            if is_v5 is versions[-1] or error.code not in {"mqtt.protocol_refused", "mqtt.closed_early"}:
+            if is_v5 is versions[-1] or error.code not in MAYBE_OLD:
                 raise
     raise TransientError("mqtt.refused", "no protocol version was accepted")
 

@@ -132,21 +132,24 @@ class Connection:
         self._fault: EdgeError | None = None
         self._lost = threading.Event()
         self._network_thread: threading.Thread | None = None
-        self._client = self._make_client(will)
+        self._client: Client | None = self._make_client(will)
 
     # ---- life
 
-    def open(self) -> Connack:
+    def open(self, answer_within_s: float | None = None) -> Connack:
         """Connect and wait for the CONNACK.
+
+        Args:
+            answer_within_s: bound of the wait for the CONNACK; default: ``connect_timeout_s``.
 
         Raises:
             EdgeError: one of the ``mqtt.*`` codes of `faults`. The connection is then closed.
         """
-        settings = self._settings
+        settings, client = self._settings, self._live_client()
         where = f"{settings.host}:{settings.port}"
         try:
             if self._is_v5:
-                self._client.connect(
+                client.connect(
                     settings.host,
                     settings.port,
                     settings.keepalive_s,
@@ -154,12 +157,14 @@ class Connection:
                     properties=self._connect_properties(),
                 )
             else:
-                self._client.connect(settings.host, settings.port, settings.keepalive_s)
+                client.connect(settings.host, settings.port, settings.keepalive_s)
         except Exception as error:
-            raise faults.from_connect_error(error, where) from error
-        self._client.loop_start()
-        self._network_thread = _thread_named(f"paho-mqtt-client-{self._identity.client_id}")
-        if not self._answered.wait(settings.connect_timeout_s):
+            self.kill()
+            raise faults.from_connect_error(error, where, is_tls=settings.tls) from error
+        others = set(threading.enumerate())
+        client.loop_start()
+        self._network_thread = _thread_named(f"paho-mqtt-client-{self._identity.client_id}", others)
+        if not self._answered.wait(answer_within_s or settings.connect_timeout_s):
             self._lose(TransientError("mqtt.no_connack", f"{where} accepted the connection but not the session"))
         if self._connack is None or self._fault is not None:
             fault = self._fault or TransientError("mqtt.closed_early", f"{where} hung up before answering")
@@ -182,24 +187,32 @@ class Connection:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Disconnect in order: the broker discards the will and keeps the session."""
-        if self.is_alive:
-            self._client.disconnect()
+        client = self._client
+        if client is not None and self.is_alive:
+            client.disconnect()
             self._lost.wait(timeout_s)
         self.kill()
 
     def kill(self) -> None:
         """End the connection at once, and the network thread with it."""
         self._lose(TransientError("mqtt.connection_lost", "closed by this side"))
+        client, self._client = self._client, None
+        if client is None:
+            return
         # loop_stop alone would wait for every unacknowledged publish; without its socket the thread ends at once.
-        sock = self._client.socket()
+        sock = client.socket()
         if isinstance(sock, socket.socket):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        self._client.loop_stop()
-        # Breaks the cycle client -> callback -> self, so that paho closes its wake-up sockets now and not at some
-        # later garbage collection: a node that reconnects for a week must not run out of descriptors.
-        client = self._client
+        client.loop_stop()
+        # With the last reference paho closes its wake-up sockets: now, and not at some later garbage collection, for a
+        # node that reconnects for a week must not run out of descriptors. So no cycle client -> callback -> self.
         client.on_connect = client.on_disconnect = client.on_message = client.on_publish = client.on_subscribe = None
+
+    def _live_client(self) -> Client:
+        if self._client is None:
+            raise self.fault
+        return self._client
 
     # ---- use
 
@@ -216,9 +229,9 @@ class Connection:
             wanted = [
                 (name, SubscribeOptions(qos=1, retainHandling=0 if retained else 2)) for name, retained in filters
             ]
-            result, mid = self._client.subscribe(wanted)
+            result, mid = self._live_client().subscribe(wanted)
         else:
-            result, mid = self._client.subscribe([(name, 1) for name, _ in filters])
+            result, mid = self._live_client().subscribe([(name, 1) for name, _ in filters])
         if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
             raise TransientError("mqtt.connection_lost", "connection lost while subscribing")
         deadline = time.monotonic() + self._settings.connect_timeout_s
@@ -251,7 +264,7 @@ class Connection:
         """
         properties = self._publish_properties(wire, expiry_s) if self._is_v5 else None
         try:
-            info = self._client.publish(wire.topic, wire.payload, qos, retain, properties=properties)
+            info = self._live_client().publish(wire.topic, wire.payload, qos, retain, properties=properties)
         except ValueError as error:
             raise faults.not_taken(0x90, wire.topic) from error
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
@@ -262,8 +275,9 @@ class Connection:
 
     def ack(self, message: Incoming) -> None:
         """Acknowledge a message of this connection."""
-        if message.qos and self.is_alive:
-            self._client.ack(message.mid, message.qos)
+        client = self._client
+        if message.qos and client is not None and self.is_alive:
+            client.ack(message.mid, message.qos)
 
     # ---- making the client
 
@@ -380,8 +394,9 @@ class Connection:
         self._wake.set()
 
 
-def _thread_named(name: str) -> threading.Thread | None:
-    return next((thread for thread in threading.enumerate() if thread.name == name), None)
+def _thread_named(name: str, others: set[threading.Thread]) -> threading.Thread | None:
+    # None also where the thread has come and gone already; then its callbacks have said why.
+    return next((thread for thread in set(threading.enumerate()) - others if thread.name == name), None)
 
 
 def _password(settings: MqttSettings) -> str | None:

@@ -50,10 +50,11 @@ _SOCKET_FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
 )
 
 
-def from_connect_error(error: Exception, where: str) -> EdgeError:
+def from_connect_error(error: Exception, where: str, *, is_tls: bool) -> EdgeError:
     """Map what the socket or TLS layer raised while connecting to ``where`` (host:port)."""
-    if isinstance(error, EdgeError):
-        return error
+    # The TCP handshake does not end in a reset: this server hung up on the TLS handshake.
+    if is_tls and isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+        return TransientError("mqtt.tls_failed", f"{where} hung up during the TLS handshake")
     for kind, code, sentence in _SOCKET_FAULTS:
         if isinstance(error, kind):
             return TransientError(code, f"{sentence} {where}: {getattr(error, 'strerror', None) or error}")

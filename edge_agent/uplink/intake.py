@@ -112,7 +112,8 @@ class Intake:
         except TransientError as error:
             if error.code != "inbox.full":
                 raise
-            self._bury(error, message, task)
+            # Already counted, by the spool that refused it.
+            self._spool.bury(None, error, task=task, payload=message.payload)
         except EdgeError as error:
             if error.code.startswith(("spool.", "disk.")):
                 raise

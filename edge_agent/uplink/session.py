@@ -34,8 +34,12 @@ BACKOFF_FIRST_S = 0.5
 STABLE_S = 10.0
 # Spreads the reconnects of a whole fleet after a broker's restart.
 FIRST_JITTER_S = 0.5
-# Answers to a MQTT 5 CONNECT of a broker that may only know 3.1.1.
-_MAYBE_OLD = frozenset({"mqtt.protocol_refused", "mqtt.closed_early", "mqtt.malformed_packet", "mqtt.no_connack"})
+# Answers to a MQTT 5 CONNECT of a broker that may only know 3.1.1. Some read the longer CONNECT wrongly, wait for more
+# bytes and never answer: hence the short wait for a first answer.
+MAYBE_OLD = frozenset({"mqtt.protocol_refused", "mqtt.closed_early", "mqtt.malformed_packet", "mqtt.no_connack"})
+PROBE_S = 2.0
+# After a fallback MQTT 5 is tried again this much later: the broker may have been replaced.
+RETRY_V5_S = 600.0
 _log = get_logger(__name__)
 
 
@@ -84,6 +88,7 @@ class MqttUplink:
         self._connection: Connection | None = None
         self._subscribed_once = False
         self._knows_v5 = False
+        self._v5_not_before = 0.0
         self._last_fault: str | None = None
         self._threads = [
             threading.Thread(target=self._run, name="uplink", daemon=True),
@@ -182,24 +187,30 @@ class MqttUplink:
 
     def _connect(self) -> tuple[Connection, Connack]:
         wants = self._settings.protocol
-        if wants == "3.1.1":
-            return self._open(is_v5=False)
-        try:
-            opened = self._open(is_v5=True)
-        except TransientError as error:
-            # A broker that has spoken MQTT 5 before is merely restarting: no reason to lose the features.
-            is_plain = error.code == "mqtt.protocol_refused" or (error.code in _MAYBE_OLD and not self._knows_v5)
-            if wants == "5" or not is_plain or self._stopping.is_set():
-                raise
-            _log.info("mqtt_fallback", to="3.1.1", because=error.code)
-            return self._open(is_v5=False)
-        self._knows_v5 = True
+        if wants == "3.1.1" or (wants == "auto" and time.monotonic() < self._v5_not_before):
+            self._v5_not_before = 0.0
+            opened = self._open(is_v5=False)
+        else:
+            try:
+                opened = self._open(is_v5=True)
+            except TransientError as error:
+                # A broker that has spoken MQTT 5 before is merely restarting: no reason to lose the features.
+                is_old = error.code == "mqtt.protocol_refused" or (error.code in MAYBE_OLD and not self._knows_v5)
+                if wants == "5" or not is_old or self._stopping.is_set():
+                    raise
+                _log.info("mqtt_fallback", to="3.1.1", because=error.code)
+                opened = self._open(is_v5=False)
+        if opened[1].is_v5:
+            self._knows_v5 = True
+        else:
+            self._v5_not_before = time.monotonic() + RETRY_V5_S
         return opened
 
     def _open(self, *, is_v5: bool) -> tuple[Connection, Connack]:
         will = Will(self._topics.status, self._ports.status("offline"))
         connection = Connection(self._settings, self._identity, will, is_v5=is_v5, wake=self._wake)
-        return connection, connection.open()
+        is_probe = is_v5 and not self._knows_v5 and self._settings.protocol == "auto"
+        return connection, connection.open(min(PROBE_S, self._settings.connect_timeout_s) if is_probe else None)
 
     def _greet(self, connection: Connection, connack: Connack) -> None:
         self._drain.begin(connack)

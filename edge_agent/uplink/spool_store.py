@@ -12,6 +12,7 @@ directory is synced once, when the file is created. ``batch`` puts many writes b
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sqlite3
 import threading
@@ -72,14 +73,16 @@ class SpoolStore:
 
     Args:
         path: the file; its directory must exist.
+        busy_timeout_s: how long to wait for another process that writes.
 
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
         PermanentError: ``spool.newer_schema``, ``spool.unusable`` or a ``disk.*`` code.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self.path = path
+        self._busy_timeout_s = busy_timeout_s
         self._lock = threading.RLock()
         self._depth = 0
         self._fault: EdgeError | None = None
@@ -99,12 +102,16 @@ class SpoolStore:
             raise from_os_error(error, "opening the spool") from error
 
     def _connect(self) -> sqlite3.Connection:
+        # SQLite says "unable to open" for all of these; the file itself names the reason.
+        os.close(os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY))
         is_new = not self.path.exists()
+        if not is_new:
+            os.close(os.open(self.path, os.O_RDWR))
         connection: sqlite3.Connection | None = None
         try:
             # isolation_level=None: transactions are begun and ended here and nowhere else.
             connection = sqlite3.connect(
-                self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=128
+                self.path, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False
             )
             _prepare(connection)
             if is_new:
