@@ -48,11 +48,15 @@ class FrameChannel:
         """Send one message.
 
         Raises:
-            RefusedError: ``event.too_large`` when it exceeds `MAX_FRAME_BYTES`; nothing was sent.
+            RefusedError: ``event.too_large`` when it exceeds `MAX_FRAME_BYTES`, ``event.bad_field`` when it holds
+                something that JSON cannot express; nothing was sent.
             FrameTimeout: the other end does not read.
             EdgeError: the other end is gone (as mapped by `from_os_error`).
         """
-        body = json.dumps(message).encode("ascii")
+        try:
+            body = json.dumps(message).encode("ascii")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RefusedError("event.bad_field", f"event cannot be written as JSON: {error}") from error
         if len(body) > MAX_FRAME_BYTES:
             raise RefusedError("event.too_large", f"message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
         try:

@@ -112,6 +112,13 @@ def test_oversize_message_is_refused_before_a_byte_is_sent(ends: tuple[FrameChan
     assert FrameChannel(raw).receive(timeout_s=5) == {"a": 1}
 
 
+@pytest.mark.parametrize("value", [b"bytes", {1, 2}, 10**5000], ids=["bytes", "set", "integer-of-5000-digits"])
+def test_what_json_cannot_express_is_refused(ends: tuple[FrameChannel, socket.socket], value: object) -> None:
+    with pytest.raises(RefusedError) as caught:
+        ends[0].send({"event": {"text": value}})
+    assert caught.value.code == "event.bad_field"
+
+
 @pytest.mark.parametrize("cls", [TransientError, PermanentError, IntegrityError, RefusedError])
 def test_errors_keep_kind_code_detail_and_context(cls: type[EdgeError]) -> None:
     sent = cls("area.fault", "why", path="model/x", size_bytes=3, odd=object())
