@@ -50,7 +50,7 @@ def _keys_init(options: argparse.Namespace) -> int:
         return OK
     print(f"private keys   {keys.directory}/private   ({', '.join(ALL_SIGNERS)})")
     print(f"for devices    {keys.trust_dir}   (root.json, desired.pem, publisher.pem)")
-    print("Now move root1.pem, root2.pem and targets.pem to offline media, on separate ones for the two roots.")
+    print("After `registry init` move root1.pem, root2.pem and targets.pem to offline media, the two roots apart.")
     return OK
 
 
@@ -140,6 +140,7 @@ def _desired_set(options: argparse.Namespace) -> int:
             digest=release.digest,
             not_after=options.not_after or default_not_after(),
             allow_downgrade=options.allow_downgrade,
+            retry_bad=options.retry_bad,
             probation_decisions=options.probation_decisions,
             probation_s=options.probation_s,
         )
