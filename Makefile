@@ -12,7 +12,8 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench reference wheel docs format clean
+.PHONY: help demo test bench reference wheel docs format clean
+.PHONY: check check-format check-lint check-types check-imports check-ansible check-units
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,12 +25,24 @@ test: $(STAMPS)/dev ## the whole test suite (TEST_ARGS="-k spool")
 	@scripts/debian_packages.sh $$(scripts/test_packages.sh) || echo "tests that need them are reported as not run"
 	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest $(TEST_ARGS)
 
-check: $(STAMPS)/dev ## format, lint, types, import rules, Ansible and systemd files
+check: check-format check-lint check-types check-imports check-ansible check-units ## format, lint, types, import rules, Ansible and systemd files
+
+check-format: $(STAMPS)/dev
 	$(BIN)/ruff format --check .
+
+check-lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
+
+check-types: $(STAMPS)/dev
 	$(BIN)/mypy
+
+check-imports: $(STAMPS)/dev
 	$(BIN)/lint-imports
+
+check-ansible: $(STAMPS)/dev
 	scripts/check_ansible.sh $(BIN)
+
+check-units:
 	scripts/check_units.sh
 
 bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this machine
