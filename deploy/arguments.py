@@ -111,6 +111,7 @@ def _desired(commands: _Commands) -> None:
     )
     wanted.add_argument("--not-after", type=_moment, default=None, metavar="TIME", help="ISO 8601; default: in 30 days")
     wanted.add_argument("--allow-downgrade", action="store_true", help="permit an older version than the one that runs")
+    wanted.add_argument("--retry-bad", action="store_true", help="try a release again that failed on this node before")
     wanted.add_argument(
         "--probation-decisions", type=_positive_int, default=50, metavar="N", help="default: %(default)s"
     )
