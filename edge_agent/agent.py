@@ -37,6 +37,8 @@ _log = get_logger(__name__)
 IDLE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.1
 MODEL_ALARM = "model"
+# Until the swap back is done, a candidate that failed its probation still answers.
+UNPROVEN = frozenset({"probation", "rolling_back"})
 VERSION = metadata.version("edge-agent")
 
 
@@ -62,10 +64,16 @@ class Agent:
             settings.state_dir / "spool.sqlite", settings.spool, deadletter_topic=self._topics.deadletter
         )
         self._serving = ServingWorker(settings.worker)
-        self._answering = Answering(self._spool, self._serving, settings.node, self._topics)
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
         exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._announce_model)
         self._updater = Updater(settings.update, settings.state_dir, settings.node.name, exchange)
+        self._answering = Answering(
+            self._spool,
+            self._serving,
+            settings.node,
+            self._topics,
+            on_probation=lambda: self._updater.reported().state in UNPROVEN,
+        )
         self._uplink = MqttUplink(
             settings.mqtt, self._topics, self._spool, self, drain_per_s=settings.spool.drain_per_s
         )

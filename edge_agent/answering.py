@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
-from edge_agent.contract.event import Event, event_id, parse_event
+from edge_agent.contract.event import parse_event
 from edge_agent.contract.messages import Decision, ModelRef, decision_id, now_ms
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, RefusedError, TransientError
 from edge_agent.log import get_logger
 from edge_agent.runtime.answer import Answer
-from edge_agent.runtime.serving import ServedModel, ServingWorker
+from edge_agent.runtime.serving import ServingWorker
 from edge_agent.settings import NodeSettings
 from edge_agent.uplink.cloudevents import decision_message
 from edge_agent.uplink.records import InboxEvent
 from edge_agent.uplink.spool import Spool
 
 _log = get_logger(__name__)
+_MODEL_AREAS = ("worker.", "bundle.")
 # The worker was lost over this very event; anything else that is transient is not the event's doing.
 _LOST_WORKER = frozenset({"worker.died", "worker.stuck", "worker.out_of_memory"})
 
@@ -30,12 +32,11 @@ class Step(Enum):
     BLOCKED = "blocked"
 
 
-def decision_of(answer: Answer, task: str, event: Event, model: ModelRef) -> Decision:
+def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> Decision:
     """The published form of an answer."""
-    identity = event_id(event)
     return Decision(
-        decision_id=decision_id(task, identity, model.digest),
-        event_id=identity,
+        decision_id=decision_id(task, event_id, model.digest),
+        event_id=event_id,
         task=task,
         model=model,
         decision=answer.decision,
@@ -57,13 +58,23 @@ class Answering:
         serving: the worker that answers.
         node: names the decision topic.
         topics: names the source of the decisions.
+        on_probation: whether the model that answers has yet to prove itself. What it cannot answer is then its own
+            fault and not the event's: the event waits for the verdict, which comes soon, and for the better model.
     """
 
-    def __init__(self, spool: Spool, serving: ServingWorker, node: NodeSettings, topics: NodeTopics) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        serving: ServingWorker,
+        node: NodeSettings,
+        topics: NodeTopics,
+        on_probation: Callable[[], bool],
+    ) -> None:
         self._spool = spool
         self._serving = serving
         self._node = node
         self._topics = topics
+        self._on_probation = on_probation
 
     def step(self) -> Step:
         """Answer at most one event.
@@ -96,18 +107,13 @@ class Answering:
                 raise RefusedError("task.unknown", f"no task {row.task!r} in the active bundle")
             task = model.tasks[row.task]
             event = parse_event(row.payload, max_bytes=task.limits.max_event_bytes)
-            answer = self._serving.decide(row.task, event, task.deadline_ms / 1000)
-        except TransientError as error:
-            return self._retry_later(row, error)
+            answer, model_ref = self._serving.decide(row.task, event, task.deadline_ms / 1000)
         except EdgeError as error:
-            self._spool.bury(row.inbox_id, error)
-            _log.warning("event_buried", event_id=row.event_id, task=row.task, error=error)
-            return Step.BURIED
-        self._publish(row, event, answer, model)
+            return self._unanswered(row, error)
+        self._publish(row, decision_of(answer, row.task, row.event_id, model_ref))
         return Step.ANSWERED
 
-    def _publish(self, row: InboxEvent, event: Event, answer: Answer, model: ServedModel) -> None:
-        decision = decision_of(answer, row.task, event, model.ref)
+    def _publish(self, row: InboxEvent, decision: Decision) -> None:
         message = decision_message(decision, self._node.decision_topic_for(row.task), self._topics)
         self._spool.complete(row.inbox_id, [message])
         _log.info(
@@ -120,9 +126,18 @@ class Answering:
             guards=decision.guards or None,
         )
 
-    def _retry_later(self, row: InboxEvent, error: TransientError) -> Step:
-        if error.code not in _LOST_WORKER:
+    def _unanswered(self, row: InboxEvent, error: EdgeError) -> Step:
+        """Retry, count or bury, by whose fault it was: the event's, the model's, or nobody's."""
+        if error.code.startswith(_MODEL_AREAS) and self._on_probation():
+            self._spool.release(row.inbox_id)
+            _log.warning("candidate_failed", event_id=row.event_id, error=error)
+            return Step.BLOCKED
+        if error.code in _LOST_WORKER:
+            buried = self._spool.worker_died(row.inbox_id)
+            _log.error("worker_lost", event_id=row.event_id, buried=buried, error=error)
+            return Step.BURIED if buried else Step.BLOCKED
+        if isinstance(error, TransientError):
             raise error
-        buried = self._spool.worker_died(row.inbox_id)
-        _log.error("worker_lost", event_id=row.event_id, buried=buried, error=error)
-        return Step.BURIED if buried else Step.BLOCKED
+        self._spool.bury(row.inbox_id, error)
+        _log.warning("event_buried", event_id=row.event_id, task=row.task, error=error)
+        return Step.BURIED

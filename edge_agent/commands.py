@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from edge_agent.contract.event import Event, parse_event
+from edge_agent.contract.event import Event, event_id, parse_event
 from edge_agent.errors import EdgeError, RefusedError, from_os_error
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _decide_one(engine: Engine, task: str, raw: bytes | str, deadline_s: float |
     spec = engine.tasks[task]
     event = parse_event(raw, max_bytes=spec.limits.max_event_bytes)
     answer = engine.decide(task, event, deadline_s=deadline_s or spec.deadline_ms / 1000)
-    return decision_of(answer, task, event, engine.model_ref).model_dump(mode="json")
+    return decision_of(answer, task, event_id(event), engine.model_ref).model_dump(mode="json")
 
 
 def _event_of_line(line: bytes) -> Event:

@@ -153,8 +153,11 @@ class ServingWorker:
             self._paused = False
             self._retry_at_s = 0.0
 
-    def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+    def decide(self, task: str, event: Event, deadline_s: float) -> tuple[Answer, ModelRef]:
         """Answer one event, restarting a dead worker first when its backoff has passed.
+
+        Returns:
+            The answer, and the model that gave it (an exchange may come between two calls).
 
         Raises:
             TransientError: ``worker.not_ready`` (no model yet, paused, or waiting out a backoff), ``worker.died``,
@@ -163,14 +166,14 @@ class ServingWorker:
             PermanentError: the model is at fault (``worker.deadline``, ``worker.bad_logits``).
         """
         with self._lock:
-            worker = self._running_worker()
+            worker, model = self._running_worker()
             try:
                 answer = worker.decide(task, event, deadline_s)
             except EdgeError as error:
                 self._count_failure(worker, error)
                 raise
             self._count_answer(answer)
-            return answer
+            return answer, model.ref
 
     def keep_alive(self) -> None:
         """Restart a worker that died between two events, so that the next event does not pay for the load.
@@ -202,13 +205,13 @@ class ServingWorker:
             self._stop_worker()
             self._model = None
 
-    def _running_worker(self) -> Worker:
+    def _running_worker(self) -> tuple[Worker, ServedModel]:
         if self._model is None or self._paused:
             raise TransientError(
                 "worker.not_ready", "no model is installed" if not self._paused else "paused for a trial"
             )
         if self._worker is not None and self._worker.alive:
-            return self._worker
+            return self._worker, self._model
         if self._worker is not None:
             # It died between two events: nobody saw an exception, so it is counted here.
             self._count_death()
@@ -222,7 +225,7 @@ class ServingWorker:
             self._count_death()
             raise
         self._worker = worker
-        return worker
+        return worker, self._model
 
     def _count_answer(self, answer: Answer) -> None:
         counts = self._counts

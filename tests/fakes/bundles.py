@@ -60,3 +60,40 @@ class BundleVariant:
 
     def open(self) -> VerifiedBundle:
         return open_installed_bundle(self.path, self.digest)
+
+
+TASK_YAML = """\
+name: triage
+version: 1
+prompt:
+  prefix: "Triage.\\n"
+  event: [{field: text, label: text}]
+output: {type: object, properties: {severity: {enum: [low, high]}}}
+"""
+
+
+def bundle_of_task(path: Path, task_yaml: str = TASK_YAML) -> tuple[Path, str]:
+    """A directory that reads as a bundle but holds no model, for fakes that need none; its path and digest."""
+    files = {"model/decoder.onnx": b"", "tokenizer.json": b"{}", "tasks/triage/task.yaml": task_yaml.encode()}
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    model = {
+        "decoder": "model/decoder.onnx",
+        "tokenizer": "tokenizer.json",
+        "architecture": "none",
+        "precision": "none",
+    }
+    shape = {"vocab_size": 2, "num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "max_context_tokens": 16}
+    manifest = {
+        "name": "triage",
+        "version": "1.0.0",
+        "target": "cpu-x86_64",
+        "model": {**model, **shape, "eos_token_id": 1},
+        "tasks": ["triage"],
+        "files": [{"path": n, "size": len(c), "sha256": sha256_file(path / n)} for n, c in files.items()],
+        "resources": {"disk_bytes": 0, "ram_bytes": 0},
+    }
+    raw = json.dumps(manifest).encode()
+    (path / MANIFEST_NAME).write_bytes(raw)
+    return path, manifest_digest(raw)
