@@ -63,12 +63,12 @@ class Child:
                 "demo.child_ended", f"{self.name} ended with status {self._process.returncode}:\n{self.tail()}"
             )
 
-    def stop(self) -> int:
+    def stop(self, *, patience_s: float = _TERMINATE_S) -> int:
         """Ask it to end, then make it; its own children go with it. Returns the exit status."""
         if self.alive:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_TERMINATE_S)
+                self._process.wait(patience_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.wait()
