@@ -15,7 +15,6 @@ import contextlib
 import functools
 import queue
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,10 +28,10 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_agent.errors import EdgeError, TransientError, from_os_error
+from edge_agent.errors import EdgeError, TransientError
 from edge_agent.log import get_logger
 from edge_agent.settings import MqttSettings
-from edge_agent.uplink import faults
+from edge_agent.uplink import credentials, faults
 from edge_agent.uplink.cloudevents import WireMessage
 
 MAX_RECEIVE_MAXIMUM = 65_535
@@ -297,9 +296,9 @@ class Connection:
         )  # the window is kept by the drain, which knows the broker's
         client.max_queued_messages_set(settings.max_inflight + 16)
         if settings.username is not None:
-            client.username_pw_set(settings.username, _password(settings))
+            client.username_pw_set(settings.username, credentials.password(settings))
         if settings.tls:
-            client.tls_set_context(_tls_context(settings))
+            client.tls_set_context(credentials.tls_context(settings))
         if will is not None:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
         client.on_connect = self._on_connect
@@ -397,27 +396,3 @@ class Connection:
 def _thread_named(name: str, others: set[threading.Thread]) -> threading.Thread | None:
     # None also where the thread has come and gone already; then its callbacks have said why.
     return next((thread for thread in set(threading.enumerate()) - others if thread.name == name), None)
-
-
-def _password(settings: MqttSettings) -> str | None:
-    if settings.password_file is not None:
-        try:
-            return settings.password_file.read_text("utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            # Read for every connection: a rotated password is picked up, a missing file may come back.
-            raise TransientError("mqtt.password_file", f"cannot read {settings.password_file}: {error}") from error
-    return None if settings.password is None else settings.password.get_secret_value()
-
-
-def _tls_context(settings: MqttSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-        if settings.cert_file is not None:
-            # An empty password makes an encrypted key an error; without one OpenSSL would ask on the terminal.
-            context.load_cert_chain(settings.cert_file, settings.key_file, password="")
-    except ssl.SSLError as error:
-        raise TransientError("mqtt.tls_files", f"certificate or key cannot be used: {error}") from error
-    except OSError as error:
-        mapped = from_os_error(error, "reading certificates")
-        raise TransientError("mqtt.tls_files", mapped.detail) from error
-    return context

@@ -57,9 +57,13 @@ class Drain:
         spool: the outbox.
         rate_per_s: messages per second at most.
         max_inflight: our own bound of unacknowledged messages.
+        clock: monotonic seconds; another one in tests.
     """
 
-    def __init__(self, spool: Spool, rate_per_s: float, max_inflight: int) -> None:
+    def __init__(
+        self, spool: Spool, rate_per_s: float, max_inflight: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._spool = spool
         self._rate_per_s = rate_per_s
         self._max_inflight = max_inflight
@@ -77,7 +81,7 @@ class Drain:
         self._inflight: dict[int, QueuedMessage | _Retained] = {}
         self._after_seq = 0
         self._allowance = float(window)
-        self._allowed_at = time.monotonic()
+        self._allowed_at = self._clock()
         self._paused_until = 0.0
         self._pause_s = PAUSE_FIRST_S
 
@@ -108,7 +112,7 @@ class Drain:
             TransientError: ``mqtt.connection_lost``.
         """
         self._settle(connection)
-        now = time.monotonic()
+        now = self._clock()
         if now >= self._next_expiry:
             self._next_expiry = now + EXPIRE_EVERY_S
             self._guarded(self._spool.expire)
@@ -159,7 +163,7 @@ class Drain:
             self._bury(sent.seq, error)
 
     def _pause(self) -> None:
-        self._paused_until = time.monotonic() + random.uniform(self._pause_s / 2, self._pause_s)  # noqa: S311 - jitter
+        self._paused_until = self._clock() + random.uniform(self._pause_s / 2, self._pause_s)  # noqa: S311 - jitter
         self._pause_s = min(self._pause_s * 2, PAUSE_MAX_S)
 
     def _bury(self, seq: int, error: EdgeError) -> None:

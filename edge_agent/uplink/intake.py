@@ -112,8 +112,7 @@ class Intake:
         except TransientError as error:
             if error.code != "inbox.full":
                 raise
-            # Already counted, by the spool that refused it.
-            self._spool.bury(None, error, task=task, payload=message.payload)
+            self._bury(error, message, task)
         except EdgeError as error:
             if error.code.startswith(("spool.", "disk.")):
                 raise
@@ -123,7 +122,6 @@ class Intake:
             self._bury(PermanentError("event.intake_failed", f"{type(error).__name__}: {error}"), message, task)
 
     def _bury(self, error: EdgeError, message: Incoming, task: str | None) -> None:
-        self._spool.count(error.code)
         self._spool.bury(None, error, task=task or message.topic, payload=message.payload)
 
     def _task_of(self, topic: str) -> str | None:

@@ -20,8 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from edge_agent.contract.event import MAX_EVENT_BYTES
-from edge_agent.contract.messages import DeadLetter, ErrorInfo, QueueTelemetry, now_ms
+from edge_agent.contract.messages import QueueTelemetry, now_ms
 from edge_agent.errors import EdgeError, PermanentError, RefusedError, TransientError
 from edge_agent.settings import SpoolSettings
 from edge_agent.uplink.records import (
@@ -38,10 +37,12 @@ from edge_agent.uplink.records import (
 )
 from edge_agent.uplink.spool_rows import (
     InboxRow,
+    LetterEvent,
     add_count,
     as_text,
     enqueue,
     inbox_row,
+    insert_letter,
     is_known,
     message_of,
     total,
@@ -115,17 +116,15 @@ class Spool:
             if is_known(db, key):
                 add_count(db, "event.duplicate")
                 return Duplicate
-            if self._make_room(db, LANES.index(priority)):
-                db.execute(
-                    "INSERT INTO inbox (task, event_id, payload, lane, received_ms) VALUES (?, ?, ?, ?, ?)",
-                    (*key, payload, LANES.index(priority), received_ms),
-                )
-                self.inbox_changed.set()
-                return Accepted
-            add_count(db, "inbox.full")
-        raise TransientError(
-            "inbox.full", f"the inbox holds {self._settings.inbox_max_events} events and none is of a lower lane"
-        )
+            if not self._make_room(db, LANES.index(priority)):
+                bound = self._settings.inbox_max_events
+                raise TransientError("inbox.full", f"the inbox holds {bound} events and none is of a lower lane")
+            db.execute(
+                "INSERT INTO inbox (task, event_id, payload, lane, received_ms) VALUES (?, ?, ?, ?, ?)",
+                (*key, payload, LANES.index(priority), received_ms),
+            )
+        self.inbox_changed.set()
+        return Accepted
 
     def has_room(self) -> bool:
         """Whether an event of the lowest lane would be taken now."""
@@ -183,7 +182,6 @@ class Spool:
             if row is not None and row[5] >= MAX_ATTEMPTS:
                 error = PermanentError("event.poison", f"the worker died {row[5]} times over this event")
                 buried = self.bury(inbox_id, error) is not None
-                add_count(db, "event.poison")
         self._leased.discard(inbox_id)
         return buried
 
@@ -200,15 +198,16 @@ class Spool:
         payload: bytes | None = None,
         received_ms: int | None = None,
     ) -> int | None:
-        """Make a dead letter of an event: of the inbox, or (``inbox_id`` None) of one that never got there.
+        """Make a dead letter of an event, and count it under the error's code.
 
         Args:
-            inbox_id: the event's place in the inbox; its own facts are then taken from there.
+            inbox_id: the event's place in the inbox, where its own facts are taken from; None for one that never got
+                there.
             error: why there is no decision.
             message: announced in the same transaction; None announces on the dead-letter topic.
             task: as the sender named it, where known.
             event_id: the event's id, where one could be read.
-            payload: kept up to `MAX_EVENT_BYTES`; larger ones are buried without content.
+            payload: kept up to 64 KiB; larger ones are buried without content.
             received_ms: wall clock in ms since the epoch; default: now.
 
         Returns:
@@ -288,9 +287,10 @@ class Spool:
             if row is None:
                 return
             db.execute("DELETE FROM outbox WHERE seq = ?", (seq,))
-            add_count(db, error.code)
             # No edge from a refused announcement to another announcement: that would never end.
-            if row[0] != self._deadletter_topic:
+            if row[0] == self._deadletter_topic:
+                add_count(db, error.code)
+            else:
                 self._insert_letter(db, (None, None, row[1], LANES.index("normal"), now_ms()), error, None)
 
     def expire(self, now: int | None = None) -> int:
@@ -320,7 +320,15 @@ class Spool:
     # ---- counters
 
     def count(self, reason: str, n: int = 1) -> None:
-        """Count a drop that happened outside the spool. Never raises: a full disk delays the writing only."""
+        """Count a drop that happened outside the spool. Outside a batch a full disk only delays the writing.
+
+        Raises:
+            TransientError: inside a batch, which is then lost as a whole and counted again when it is tried again.
+        """
+        if self._store.is_inside:
+            with self._store.transaction() as db:
+                add_count(db, reason, n)
+            return
         self._uncounted[reason] += n
         with contextlib.suppress(EdgeError), self._store.transaction() as db:
             for name, delayed in self._uncounted.items():
@@ -356,7 +364,6 @@ class Spool:
         # Not remembered as answered: a sender who repeats it deserves another try.
         error = TransientError("inbox.displaced", f"displaced by an event of lane {LANES[lane]} from a full inbox")
         self._insert_letter(db, row[:5], error, None)
-        add_count(db, f"inbox.displaced.{LANES[row[3]]}")
         return True
 
     def _remove(self, db: sqlite3.Connection, inbox_id: int, row: InboxRow) -> None:
@@ -365,36 +372,15 @@ class Spool:
         db.execute("DELETE FROM answered WHERE id <= ?", (newest - self._settings.answered_ids_max,))
 
     def _insert_letter(
-        self,
-        db: sqlite3.Connection,
-        event: tuple[str | None, str | None, bytes | None, int, int],
-        error: EdgeError,
-        message: OutboundMessage | None,
+        self, db: sqlite3.Connection, event: LetterEvent, error: EdgeError, message: OutboundMessage | None
     ) -> int:
-        task, event_id, payload, lane, received_ms = event
-        task = None if task is None else as_text(task)[:128]
-        event_id = None if event_id is None else as_text(event_id)
-        kept = payload if payload is not None and len(payload) <= MAX_EVENT_BYTES else None
-        detail = as_text(error.detail)[:1000]
-        newest = db.execute(
-            "INSERT INTO dead_letters (task, event_id, payload, lane, received_ms, buried_ms, code, kind, detail)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (task, event_id, kept, lane, received_ms, now_ms(), error.code, error.kind, detail),
-        ).lastrowid
-        excess = total(db, "dead_letters") - self._settings.dead_letters_max
-        if excess > 0:
-            db.execute(
-                "DELETE FROM dead_letters WHERE id IN (SELECT id FROM dead_letters ORDER BY id LIMIT ?)", (excess,)
-            )
-            add_count(db, "deadletter.trimmed", excess)
+        letter_id, letter = insert_letter(db, event, error, self._settings.dead_letters_max)
         if message is None and self._deadletter_topic is not None:
-            info = ErrorInfo(code=error.code, type=error.kind, detail=detail)
-            letter = DeadLetter(event_id=event_id, task=task, error=info, received_ms=received_ms)
             content = letter.model_dump_json().encode()
             message = OutboundMessage(self._deadletter_topic, content, klass="alarm", content_type="application/json")
         if message is not None:
             self._enqueue(db, message)
-        return newest or 0
+        return letter_id
 
     def _enqueue(self, db: sqlite3.Connection, message: OutboundMessage) -> None:
         enqueue(db, message, self._settings.outbox_max_bytes)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sqlite3
 
-from edge_agent.contract.messages import now_ms
+from edge_agent.contract.event import MAX_EVENT_BYTES
+from edge_agent.contract.messages import DeadLetter, ErrorInfo, now_ms
+from edge_agent.errors import EdgeError
 from edge_agent.uplink.records import KLASSES, OutboundMessage
 
 InboxRow = tuple[str, str, bytes, int, int, int]
 """task, event_id, payload, lane, received_ms, attempts"""
+LetterEvent = tuple[str | None, str | None, bytes | None, int, int]
+"""task, event_id, payload, lane, received_ms of an event that gets no decision"""
 
 
 def enqueue(db: sqlite3.Connection, message: OutboundMessage, max_bytes: int) -> None:
@@ -75,3 +79,30 @@ def message_of(row: tuple[str, bytes, int, int, int, str | None, str]) -> Outbou
     topic, payload, qos, retain, klass, content_type, properties = row
     pairs = tuple((str(name), str(value)) for name, value in json.loads(properties))
     return OutboundMessage(topic, payload, qos, bool(retain), KLASSES[klass], content_type, pairs)
+
+
+def insert_letter(
+    db: sqlite3.Connection, event: LetterEvent, error: EdgeError, max_letters: int
+) -> tuple[int, DeadLetter]:
+    """Add a dead letter, counted under its code; beyond ``max_letters`` the oldest is forgotten, and counted.
+
+    Returns:
+        Its id, and what is announced of it.
+    """
+    task, event_id, payload, lane, received_ms = event
+    task = None if task is None else as_text(task)[:128]
+    event_id = None if event_id is None else as_text(event_id)
+    kept = payload if payload is not None and len(payload) <= MAX_EVENT_BYTES else None
+    detail = as_text(error.detail)[:1000]
+    newest = db.execute(
+        "INSERT INTO dead_letters (task, event_id, payload, lane, received_ms, buried_ms, code, kind, detail)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (task, event_id, kept, lane, received_ms, now_ms(), error.code, error.kind, detail),
+    ).lastrowid
+    add_count(db, error.code)
+    excess = total(db, "dead_letters") - max_letters
+    if excess > 0:
+        db.execute("DELETE FROM dead_letters WHERE id IN (SELECT id FROM dead_letters ORDER BY id LIMIT ?)", (excess,))
+        add_count(db, "deadletter.trimmed", excess)
+    info = ErrorInfo(code=error.code, type=error.kind, detail=detail)
+    return newest or 0, DeadLetter(event_id=event_id, task=task, error=info, received_ms=received_ms)

@@ -184,6 +184,12 @@ class SpoolStore:
         finally:
             self._depth -= 1
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the calling thread has a transaction open (waits for another thread's to end)."""
+        with self._lock:
+            return self._depth > 0
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The connection for reading, under the lock."""

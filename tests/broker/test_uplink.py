@@ -411,7 +411,7 @@ def test_a_full_inbox_sheds_with_a_dead_letter_and_still_takes_safety_events(
     for number in range(60):
         sender.deliver(EVENTS, event(number))
     sender.deliver(EVENTS, event("emergency", code="STOP"))
-    wait_until(lambda: device.spool.counts().dropped.get("inbox.displaced.bulk") == 1)
+    wait_until(lambda: device.spool.counts().dropped.get("inbox.displaced") == 1)
     first = device.spool.next_event()
     assert first is not None
     assert first.event_id == "emergency"
