@@ -58,30 +58,37 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions) -> int:
-    """Play the day; returns 0 when every promise was kept, else 1."""
+    """Play the day; returns 0 when every promise was kept, else 1.
+
+    Raises:
+        KeyboardInterrupt: after everything was ended and removed.
+    """
     directory = Path(tempfile.mkdtemp(prefix="edge-demo-"))
     screen = make_screen(plain=options.plain)
-    succeeded = False
+    result: Result | None = None
     try:
         with _terminated_like_interrupted():
             bundle = options.bundle or find_reference()
             screen.say(f"working directory {directory}, bundle {bundle}")
             with built(directory, bundle, options.broker) as stage:
                 result = Day(stage, options.seconds, screen).play()
-        screen.close()
-        closing_table(result)
-        if options.json_path:
-            write_atomic(options.json_path.absolute(), (json.dumps(result.as_dict(), indent=2) + "\n").encode())
-        succeeded = not result.broken()
     except EdgeError as error:
         screen.close()
         sys.stderr.write(f"edge-deploy: {error}\n")
+    except KeyboardInterrupt:
+        _remove(directory, keep=options.keep)
+        raise
     finally:
         screen.close()
-        _leave(directory, keep=options.keep or not succeeded)
-    if not succeeded:
-        _show_logs(directory)
-    return 0 if succeeded else 1
+    if result is not None:
+        closing_table(result)
+        if options.json_path:
+            write_atomic(options.json_path.absolute(), (json.dumps(result.as_dict(), indent=2) + "\n").encode())
+        if not result.broken():
+            _remove(directory, keep=options.keep)
+            return 0
+    _show_logs(directory)
+    return 1
 
 
 class Day:
@@ -288,7 +295,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _leave(directory: Path, *, keep: bool) -> None:
+def _remove(directory: Path, *, keep: bool) -> None:
     if not keep:
         shutil.rmtree(directory, ignore_errors=True)
 
