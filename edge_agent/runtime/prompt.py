@@ -55,7 +55,7 @@ def event_prompt(task: TaskSpec, event: Event, encode: Encode) -> EventPrompt:
 def _shorten(task: TaskSpec, event: Event, encode: Encode, limit: int) -> list[int]:
     """Cut the tail of the longest text, then of the next longest, until the prompt fits."""
     remaining = dict(event)
-    for name in _texts_by_length(task, event):
+    for name in _texts_by_length(task, event, encode):
         text = clean_text(str(remaining[name]), len(str(remaining[name])))
         fits, over = 0, len(text)
         while over - fits > 1:  # invariant: `over` characters do not fit
@@ -79,8 +79,9 @@ def _render(task: TaskSpec, event: Event, name: str, text: str, encode: Encode) 
         raise RefusedError("event.too_long", "nothing of the event is left after cutting it to the limit") from error
 
 
-def _texts_by_length(task: TaskSpec, event: Event) -> list[str]:
-    shown = {f.field: min(len(str(event[f.field])), f.max_chars) for f in _text_fields(task, event)}
+def _texts_by_length(task: TaskSpec, event: Event, encode: Encode) -> list[str]:
+    # In tokens, not characters: a short text in a rare script costs more than a long machine name.
+    shown = {f.field: len(encode(clean_text(str(event[f.field]), f.max_chars))) for f in _text_fields(task, event)}
     return sorted(shown, key=lambda name: -shown[name])
 
 

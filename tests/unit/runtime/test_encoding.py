@@ -78,12 +78,12 @@ def test_text_that_is_no_unicode_is_an_error_of_ours(encoder: TextEncoder) -> No
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=300), limit=st.integers(24, 80))
 def test_any_text_fits_the_limit_with_the_cue_at_its_end(encoder: TextEncoder, text: str, limit: int) -> None:
-    event: Event = {"machine": "press-4", "text": text}
+    event: Event = {"machine": "m", "text": text}
     prompt = event_prompt(task_with(limit), event, encoder.encode)
     assert len(prompt.ids) <= limit
     assert encoder.control_ids.isdisjoint(prompt.ids)
     shown = encoder.decode(prompt.ids)
-    assert shown.startswith("machine: press-4\n")
+    assert shown.startswith("machine: m\n")
     assert shown.endswith("\nanswer: ")
     assert shown.count("\n") <= 2
     if not prompt.truncated:
@@ -108,8 +108,14 @@ def test_cut_keeps_as_much_of_the_longest_text_as_fits(encoder: TextEncoder) -> 
     assert "machine: press-4\nvalue: 7\ntext: xxx" in shown
 
 
+def test_longest_is_counted_in_tokens_so_that_a_name_is_not_cut_for_a_rare_script(encoder: TextEncoder) -> None:
+    event: Event = {"machine": "press-4", "text": "0»¼𝠀"}
+    shown = encoder.decode(event_prompt(task_with(24), event, encoder.encode).ids)
+    assert shown.startswith("machine: press-4\n")
+
+
 def test_when_the_longest_text_is_not_enough_the_next_one_is_cut(encoder: TextEncoder) -> None:
-    event: Event = {"machine": "漢" * 39, "text": "字" * 100}
+    event: Event = {"machine": "漢" * 39, "text": "字" * 100}  # three bytes, three tokens each
     prompt = event_prompt(task_with(40), event, encoder.encode)
     shown = encoder.decode(prompt.ids)
     assert prompt.truncated
