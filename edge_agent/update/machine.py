@@ -245,9 +245,11 @@ def _on_desired(record: Record, request: DesiredState) -> Step:
 
 
 def _on_refused(record: Record, signal: Refused) -> Step:
-    seen = record.model_copy(update={"rev_seen": signal.request.rev, "digest_seen": signal.request.digest})
     if record.phase not in ENDS:
-        return seen, ()  # what was ordered before, and is under way, goes on
+        # What was ordered before, and is under way, goes on under its own revision. The refused order is judged again
+        # when it is delivered again, so nothing about it needs to be remembered.
+        return record, ()
+    seen = record.model_copy(update={"rev_seen": signal.request.rev, "digest_seen": signal.request.digest})
     return _enter(seen.model_copy(update={"request": signal.request}), "failed", error=signal.error)
 
 

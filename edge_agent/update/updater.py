@@ -11,10 +11,9 @@ import threading
 from collections import deque
 from pathlib import Path
 
-import structlog
-
 from edge_agent.contract.messages import ErrorInfo, ModelRef, Reported, now_ms
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, TransientError
+from edge_agent.log import get_logger
 from edge_agent.settings import UpdateSettings
 from edge_agent.update import admission, machine
 from edge_agent.update.clock import Clock, SystemClock
@@ -30,10 +29,10 @@ _BACKOFF_BASE_S = 1.0
 _BACKOFF_MAX_S = 300.0
 _IDLE_SLICE_S = 0.5
 _PAUSE_SLICE_S = 2.0
-_PERSIST_AGAIN_S = 5.0
+_PAUSE_AFTER_FAULT_S = 5.0
 _MAILBOX = 8
 _PROGRESS_STEP = 0.05
-_log = structlog.get_logger("edge_agent.update")
+_log = get_logger(__name__)
 
 
 class Updater:
@@ -84,7 +83,7 @@ class Updater:
         """
         record, fault = self._journal.load()
         if fault is not None:
-            _log.error("update.state_corrupt", **fault.as_dict())
+            _log.error("update_state_corrupt", error=fault)
         if record is None:
             # The pointer remembers the revision, so that losing the journal does not open the door to replays.
             error = None if fault is None else _info(fault)
@@ -96,8 +95,8 @@ class Updater:
                 self._perform(self._pending.popleft())
         except EdgeError as error:
             # A read-only or full disk at boot: the model serves; the update is tried again on the updater's thread.
-            _log.error("update.resume_failed", **error.as_dict())
-            self._pending = deque((RULES[self._record.phase].work,) if self._record.phase in RULES else ())
+            _log.error("update_resume_failed", error=error)
+            self._queue_work()
         self._publish()
 
     def on_desired(self, envelope: bytes) -> None:
@@ -118,7 +117,13 @@ class Updater:
         self._stop = stop
         self._patient = True
         while not stop.is_set():
-            if not self.advance():
+            try:
+                busy = self.advance()
+            except Exception:  # noqa: BLE001 - as in _perform; here the state's work is queued again
+                _log.exception("update_internal", state=self._record.phase)
+                self._queue_work()
+                busy = self._clock.wait(stop, _PAUSE_AFTER_FAULT_S)
+            if not busy:
                 self._clock.wait(self._wake, _IDLE_SLICE_S)
         self._remember_the_stop()
 
@@ -138,6 +143,9 @@ class Updater:
             return not self._stop.is_set()
         return True
 
+    def _queue_work(self) -> None:
+        self._pending = deque((RULES[self._record.phase].work,) if self._record.phase in RULES else ())
+
     # -- one action -------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
@@ -149,10 +157,10 @@ class Updater:
                 self._apply(machine.DeadlinePassed())
             return
         except EdgeError as error:
-            _log.warning("update.step_failed", state=phase, **error.as_dict())
+            _log.warning("update_step_failed", state=phase, error=error)
             signal = machine.Failed(_info(error), retryable=isinstance(error, TransientError))
         except Exception as error:  # noqa: BLE001 - the thread must outlive a bug; the update does not
-            _log.exception("update.internal", state=phase)
+            _log.exception("update_internal", state=phase)
             fault = PermanentError("update.internal", f"{type(error).__name__}: {error}")
             signal = machine.Failed(_info(fault), retryable=False)
         if signal is not None:
@@ -237,11 +245,11 @@ class Updater:
         if not verdict.accepted:
             self._publish()
             return False
-        _log.info("update.desired", rev=order.rev, release=order.release, digest=order.digest)
+        _log.info("update_desired", rev=order.rev, release=order.release, digest=order.digest)
         return self._apply(machine.Desired(order))
 
     def _refuse(self, error: EdgeError) -> None:
-        _log.warning("update.refused", **error.as_dict())
+        _log.warning("update_refused", error=error)
         self._refusal = _info(error)
         self._publish()
 
@@ -273,7 +281,7 @@ class Updater:
         if entered:
             self._entered_s = self._clock.monotonic_s()
             self._progress = 0.0
-            _log.info("update.state", state=record.phase, was=before.phase, error=record.error and record.error.code)
+            _log.info("update_state", state=record.phase, was=before.phase, code=record.error and record.error.code)
         self._publish()
         return entered or bool(actions)
 
@@ -285,10 +293,10 @@ class Updater:
                 if not self._patient:
                     raise
                 # Nothing may be done that is not written down. A full disk drains; the old model keeps serving.
-                _log.error("update.not_persisted", **error.as_dict())
+                _log.error("update_not_persisted", error=error)
                 self._refusal = _info(error)
                 self._publish()
-                if self._clock.wait(self._stop, _PERSIST_AGAIN_S):
+                if self._clock.wait(self._stop, _PAUSE_AFTER_FAULT_S):
                     raise Interrupted("stop") from error
             else:
                 if self._refusal is not None and self._refusal.code.startswith(("disk.", "os.")):
@@ -300,7 +308,7 @@ class Updater:
         try:
             self._apply(machine.Stopped())
         except EdgeError as error:
-            _log.error("update.not_persisted", **error.as_dict())  # the next start counts as a crash: safe
+            _log.error("update_not_persisted", error=error)  # the next start counts as a crash: safe
 
     # -- telling ----------------------------------------------------------------------------------------------------
 
@@ -337,7 +345,7 @@ class Updater:
         try:
             return self.slots.active()
         except IntegrityError as error:
-            _log.error("update.active_slot_corrupt", **error.as_dict())
+            _log.error("update_active_slot_corrupt", error=error)
             return None
 
 

@@ -135,8 +135,8 @@ class StaticServer:
         if fault.cut_after_bytes is not None:
             body = body[: fault.cut_after_bytes]
         try:
+            self.sent_bytes[request.path] += len(body)  # before: the client may be done before this thread goes on
             request.wfile.write(body)
-            self.sent_bytes[request.path] += len(body)
             while fault.endless:
                 request.wfile.write(b"\0" * 65536)
                 self.sent_bytes[request.path] += 65536

@@ -1,8 +1,8 @@
 """A process that forks devices to be killed: everything is imported once, so a device costs milliseconds.
 
-Protocol on stdin/stdout, one line each: the test writes ``<state_dir> <trust_dir> <registry_url> <envelope> <now>``, the
-zygote answers with the child's process id; the child stops itself, so that a tracer can be attached before it runs, and
-works until nothing is left to do. Then the zygote writes how it ended (``0``, or the number of the signal).
+Protocol on stdin/stdout, one line each: the test writes ``<state_dir> <trust_dir> <registry_url> <envelope> <now>``,
+the zygote answers with the child's process id; the child stops itself, so that a tracer can be attached before it runs,
+and works until nothing is left to do. Then the zygote writes how it ended (``0``, or the number of the signal).
 """
 
 from __future__ import annotations

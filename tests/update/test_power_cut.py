@@ -89,9 +89,10 @@ def assert_active_loads(device: Device, allowed: set[str]) -> str:
 
 
 @pytest.mark.needs("strace")
-@pytest.mark.parametrize("first_install", [True, False])
+# Every fsync of an update; every third of a first installation, which differs from it in the last few only.
+@pytest.mark.parametrize(("first_install", "stride"), [(True, 3), (False, 1)], ids=["first", "update"])
 def test_killed_at_any_fsync_the_device_serves_a_whole_bundle_and_completes_the_update(
-    device: Device, zygote: Zygote, tmp_path: Path, *, first_install: bool
+    device: Device, zygote: Zygote, tmp_path: Path, *, first_install: bool, stride: int
 ) -> None:
     v1 = device.simulator.publish("triage", "1.0", {"model/decoder.onnx": b"1" * 20_000})
     v2 = device.simulator.publish("triage", "2.0", {"model/decoder.onnx": b"2" * 20_000})
@@ -103,7 +104,7 @@ def test_killed_at_any_fsync_the_device_serves_a_whole_bundle_and_completes_the_
     envelope.write_bytes(device.simulator.order(v2, rev=2))
 
     served: list[str | None] = []
-    for number in range(1, MAX_KILLS):
+    for number in range(1, MAX_KILLS, stride):
         fresh_copy(device, template)
         code = zygote.live(device, envelope, "-e", "trace=fsync", "-e", f"inject=fsync:signal=SIGKILL:when={number}")
         if code == 0:
@@ -121,7 +122,7 @@ def test_killed_at_any_fsync_the_device_serves_a_whole_bundle_and_completes_the_
         assert assert_active_loads(device, {v2.digest}) == v2.digest
     else:
         pytest.fail("the update never came to an end")
-    assert len(served) > 20, "too few fsyncs: something is not made durable"
+    assert len(served) * stride > 20, "too few fsyncs: something is not made durable"
     # the pointer moves once, near the end, and never back
     assert served == sorted(served, key=lambda digest: digest == v2.digest)
 

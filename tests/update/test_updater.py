@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.manifest import Resources
+from edge_agent.contract.messages import Reported
 from edge_agent.errors import PermanentError, TransientError
 from edge_agent.update.machine import RULES, Record
 from edge_agent.update.ports import ProbationCounts, TrialResult
 from edge_agent.update.updater import Updater
 from tests.fakes.release_simulator import Published
 from tests.fakes.static_server import Fault, StaticServer
-from tests.fakes.update_ports import GOOD_SERVICE, GOOD_TRIAL, PowerCut
-from tests.update.conftest import NODE, Device
+from tests.fakes.update_ports import GOOD_SERVICE, GOOD_TRIAL, FakePorts, PowerCut
+from tests.update.conftest import NODE, Device, find_in_this_process
 
 HAPPY_PATH = ["downloading", "verifying", "installing", "trial", "probation", "committed"]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll another thread's progress; generous, because a machine may be busy."""
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited a minute"
+        time.sleep(0.01)
 
 
 def publish(device: Device, version: str, model: bytes | None = None) -> Published:
@@ -280,10 +294,13 @@ def test_the_first_bundle_ever_that_fails_in_service_is_withdrawn(device: Device
 
 def test_too_few_events_in_a_week_neither_commit_nor_blame(device: Device, v1: Published) -> None:
     v2 = publish(device, "2.0")
-    device.ports.service[v2.digest] = ProbationCounts(decisions=1, errors=0, worker_deaths=0, p95_ms=None)
-    envelope = device.simulator.order(v2, rev=2)
-    device.updater.on_desired(envelope)
-    device.settle()
+
+    def a_quiet_hour() -> ProbationCounts:
+        device.clock.elapsed_s += 3600.0
+        return ProbationCounts(decisions=1, errors=0, worker_deaths=0, p95_ms=None)
+
+    device.ports.service[v2.digest] = a_quiet_hour
+    device.order(device.simulator.order(v2, rev=2))
     assert (device.state, device.error_code) == ("rolled_back", "update.probation_inconclusive")
     assert device.ports.serving == v1.digest
     assert device.clock.elapsed_s > 7 * 86_400
@@ -584,12 +601,67 @@ def test_the_thread_takes_an_order_from_another_thread_and_stops_when_told(devic
     thread.start()
     try:
         updater.on_desired(device.simulator.order(release, probation_s=0.2))
-        deadline_s = time.monotonic() + 60
-        while updater.reported().state != "committed" and time.monotonic() < deadline_s:
-            time.sleep(0.02)
+        wait_until(lambda: updater.reported().state == "committed")
     finally:
         stop.set()
         thread.join(timeout=10)
     assert not thread.is_alive()
     assert updater.reported().state == "committed"
     assert Record.model_validate_json((device.state_dir / "update.json").read_bytes()).phase == "committed"
+
+
+def test_a_report_that_cannot_be_delivered_does_not_end_the_thread(device: Device) -> None:
+    release = publish(device, "1.0")
+    failures = [OSError("no uplink"), OSError("no uplink")]
+
+    class DeafPorts(FakePorts):
+        def report(self, reported: Reported) -> None:
+            if reported.state == "trial" and failures:
+                raise failures.pop()
+            super().report(reported)
+
+    stop = threading.Event()
+    ports = DeafPorts()
+    updater = Updater(
+        device.settings, device.state_dir, NODE, ports, clock=device.clock, find_release=find_in_this_process
+    )
+    updater.resume()
+    thread = threading.Thread(target=updater.run, args=(stop,))
+    thread.start()
+    try:
+        updater.on_desired(device.simulator.order(release))
+        wait_until(lambda: updater.reported().state == "committed")
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+    assert updater.reported().state == "committed"
+
+
+@pytest.mark.needs("root", "mount", "umount")
+def test_nothing_is_done_that_cannot_be_written_down(device: Device, v1: Published, tmp_path: Path) -> None:
+    v2 = publish(device, "2.0")
+    full = tmp_path / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", full], check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        shutil.copytree(device.state_dir, full / "state", symlinks=True)
+        device.state_dir = full / "state"
+        device.boot()
+        with (full / "log").open("wb", buffering=0) as log:
+            os.posix_fallocate(log.fileno(), 0, os.statvfs(full).f_bavail * 4096)
+        stop = threading.Event()
+        thread = threading.Thread(target=device.updater.run, args=(stop,))
+        thread.start()
+        try:
+            device.updater.on_desired(device.simulator.order(v2, rev=2))
+            wait_until(lambda: device.error_code == "disk.full")
+            assert (device.state, device.active_version) == ("committed", "1.0")
+            (full / "log").unlink()
+            wait_until(lambda: device.state == "committed" and device.active_version == "2.0")
+        finally:
+            stop.set()
+            thread.join(timeout=10)
+        assert device.error_code is None
+    finally:
+        subprocess.run(["umount", full], check=True)
