@@ -7,6 +7,7 @@ may log at any time.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import MutableMapping
@@ -17,9 +18,11 @@ import structlog
 from edge_agent.errors import EdgeError
 from edge_agent.settings import LogSettings
 
-SECRET_KEYS = frozenset(
-    {"password", "passwd", "secret", "token", "authorization", "api_key", "private_key", "key_file_content", "pin"}
+# Words of a key: "api_token" names a secret, "tokens_out" and "mapping" do not.
+SECRET_WORDS = frozenset(
+    {"password", "passwd", "passphrase", "secret", "token", "authorization", "credential", "credentials", "pin"}
 )
+_SECRET_PAIRS = ("api_key", "private_key", "signing_key")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _MAX_VALUE_CHARS = 2000
 
@@ -78,13 +81,17 @@ def redact(_: Any, __: str, record: MutableMapping[str, Any]) -> MutableMapping[
 
 
 def _redacted(key: str, value: Any) -> Any:
-    if any(secret in key.lower() for secret in SECRET_KEYS) and not isinstance(value, bool | int | float | None):
+    if isinstance(value, str | bytes) and _names_secret(key.lower()):
         return "[redacted]"
     if isinstance(value, dict):
         return {k: _redacted(str(k), v) for k, v in value.items()}
     if isinstance(value, str) and len(value) > _MAX_VALUE_CHARS and key != "exception":
         return value[:_MAX_VALUE_CHARS] + f"… ({len(value)} characters)"
     return value
+
+
+def _names_secret(key: str) -> bool:
+    return not SECRET_WORDS.isdisjoint(re.split(r"[\W_]+", key)) or any(pair in key for pair in _SECRET_PAIRS)
 
 
 def _expand_error(_: Any, __: str, record: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
