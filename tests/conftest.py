@@ -11,6 +11,7 @@ and every other skip, into a failure: a build that did not run its tests has not
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import os
 import shutil
@@ -98,8 +99,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section(f"not run here: {len(_not_run)}")
     for reason in sorted({reason for _, reason in _not_run}):
-        tests = [nodeid for nodeid, why in _not_run if why == reason]
-        terminalreporter.write_line(f"{reason}: {len(tests)} test(s)")
-        for nodeid in tests:
-            terminalreporter.write_line(f"    {nodeid}")
+        files = collections.Counter(nodeid.partition("::")[0] for nodeid, why in _not_run if why == reason)
+        terminalreporter.write_line(f"{reason}: {files.total()} test(s)")
+        for name, count in sorted(files.items()):
+            terminalreporter.write_line(f"    {name}: {count}")
     terminalreporter.write_line("Install what is named above, or run with CI=true to have these count as failures.")
