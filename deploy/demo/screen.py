@@ -132,8 +132,11 @@ def closing_table(result: Result) -> None:
         ("lost", totals.lost),
         ("duplicates", totals.duplicates),
         ("sent twice after the cut: to consumer / to node", f"{totals.redelivered} / {result.recognised}"),
-        ("latency on the node, p50 / p95", f"{_ms(totals.p50_ms)} / {_ms(totals.p95_ms)}"),
-        ("plant to consumer, p50 / p95", f"{_ms(totals.end_to_end_p50_ms)} / {_ms(totals.end_to_end_p95_ms)}"),
+        ("deciding, p50 / p95", f"{_ms(totals.p50_ms)} / {_ms(totals.p95_ms)}"),
+        (
+            "plant to consumer with flood and outage, p50 / p95",
+            f"{_ms(totals.end_to_end_p50_ms)} / {_ms(totals.end_to_end_p95_ms)}",
+        ),
         (f"decisions during the {result.outage_s:.1f} s outage", result.decisions_during_outage),
         ("of these delivered afterwards", result.delivered_after_outage),
         ("dead letters / dropped", f"{result.dead_letters} / {result.dropped}"),
@@ -175,10 +178,18 @@ def _panel(scene: Scene) -> Panel:
         updates.append(f"{state}   ", style=_STATE_STYLES.get(state, "cyan"))
     last = Table.grid(padding=(0, 2))
     for decision in reversed(scene.last):
-        answer = ", ".join(f"{name} {value}" for name, value in decision.decision.items())
-        last.add_row(decision.event_id, decision.model.version, decision.route, Text(answer, overflow="ellipsis"))
+        answer = Text(_answer(decision), no_wrap=True, overflow="ellipsis")
+        last.add_row(decision.event_id, decision.model.version, decision.route, answer)
     title = f"edge-agent demo, {scene.elapsed_s:.0f} s, {scene.broker}"
     return Panel(Group(head, Text(), updates, Text(), last), title=title, title_align="left")
+
+
+def _answer(decision: Decision) -> str:
+    words = (
+        (name if value else f"no {name}") if isinstance(value, bool) else str(value)
+        for name, value in decision.decision.items()
+    )
+    return ", ".join(words)
 
 
 def _depths(queue: QueueTelemetry | None) -> str:
