@@ -73,6 +73,7 @@ class Updater:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._progress = 0.0
+        self._told_serving: str | None = None
         self._refusal: ErrorInfo | None = None
         self._reported = self._describe()
 
@@ -202,8 +203,9 @@ class Updater:
         allowed_s = machine.deadline_s(self._record)
         if allowed_s is not None and self._clock.monotonic_s() - self._entered_s > allowed_s:
             raise Interrupted("deadline")
-        if progress is not None and (progress >= self._progress + _PROGRESS_STEP or progress < self._progress):
-            self._progress = progress
+        advanced = progress is not None and not self._progress <= progress < self._progress + _PROGRESS_STEP
+        if advanced or self._work.serving != self._told_serving:
+            self._progress = self._progress if progress is None else progress
             self._publish()
 
     def _backoff_s(self) -> float:
@@ -314,6 +316,7 @@ class Updater:
 
     def _publish(self) -> None:
         reported = self._describe()
+        self._told_serving = self._work.serving
         with self._lock:
             same = reported == self._reported.model_copy(update={"timestamp_ms": reported.timestamp_ms})
             self._reported = reported

@@ -78,7 +78,7 @@ def test_while_on_probation_the_candidate_is_reported_as_active_and_the_old_one_
     v2 = publish(device, "2.0")
     device.order(device.simulator.order(v2, rev=2))
     watched = [r for r in device.ports.reports if r.state == "probation" and r.active and r.active.version == "2.0"]
-    assert watched
+    assert watched[0].progress == 0.0  # at once, not only when events have come in
     assert all(r.previous is not None and r.previous.version == "1.0" for r in watched)
 
 
