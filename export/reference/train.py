@@ -11,7 +11,6 @@ import logging
 import math
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -30,14 +28,14 @@ from export.reference.checkpoint import save_checkpoint
 from export.reference.cues import CueHeads
 from export.reference.evaluate import TASK_FILE, Accuracy, TorchDecider, compare
 from export.reference.examples import Batch, Encoder, batches, canonical_answer, shard
+from export.reference.forward import hidden_states
 from export.reference.generator import generate
 from export.reference.quantisation import int4_weights
 from export.reference.tokenizer import EOS, PAD, load_tokenizer, save_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
 
-_THREADS = 2
-_CUE_SHARE = 0.5
+_CUE_SHARE = 1.5
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,21 @@ class Training:
         tokenizer_events: events of the training split that the tokenizer is trained on.
         validation_events: events measured at every checkpoint.
         checkpoint_s: seconds between checkpoints.
+        threads: row groups computed at the same time, one thread each.
     """
 
-    minutes: float = 50.0
+    minutes: float = 62.0
     steps: int | None = None
     tokens: int = 2304
     peak_rate: float = 1.5e-3
     warmup: float = 0.03
-    int4_from: float = 0.6
+    int4_from: float = 0.7
     weight_decay: float = 0.05
     seed: int = 7
     tokenizer_events: int = 40_000
-    validation_events: int = 160
+    validation_events: int = 120
     checkpoint_s: float = 300.0
+    threads: int = 2
 
 
 def build_model(shape: Shape, vocabulary_size: int, *, seed: int, eos_id: int, pad_id: int) -> LlamaForCausalLM:
@@ -100,32 +100,12 @@ def build_model(shape: Shape, vocabulary_size: int, *, seed: int, eos_id: int, p
         bos_token_id=None,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
-        # On a CPU the backward pass of fused attention costs more than the rest of the step (40 % of it, seen).
         attn_implementation="eager",
     )
     return LlamaForCausalLM(configuration)
 
 
-class LastLayerInput:
-    """What enters the last layer, kept a thread (the library's own way to return hidden states is not thread-safe)."""
-
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self._kept = threading.local()
-        model.model.layers[-1].register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, _layer: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._kept.states = positional[0] if positional else named["hidden_states"]
-
-    def take(self) -> torch.Tensor:
-        """The states (rows, length, hidden) of this thread's last forward pass."""
-        states: torch.Tensor = self._kept.states
-        del self._kept.states
-        return states
-
-
-def step_loss(
-    model: LlamaForCausalLM, heads: CueHeads, last_input: LastLayerInput, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
+def step_loss(model: LlamaForCausalLM, heads: CueHeads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of one batch, summed over rows.
 
     The head runs only where a loss is wanted: 4096 logits for every prompt token would cost as much as two layers.
@@ -133,14 +113,14 @@ def step_loss(
     Returns:
         Weighted cross entropy of the answer's tokens, and the auxiliary heads' cross entropy.
     """
-    # No mask: rows are padded on the right, and causal attention never looks there.
-    hidden = model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state  # (rows, length - 1, hidden)
+    # Both (rows, length - 1, hidden). Right padding needs no mask: causal attention never looks there.
+    before_last, final = hidden_states(model, batch.ids[:, :-1])
     weights = batch.weights[:, 1:]  # (rows, length - 1)
     wanted = weights > 0
-    logits = model.lm_head(hidden[wanted]).float()  # (answer tokens, vocabulary)
+    logits = model.lm_head(final[wanted]).float()  # (answer tokens, vocabulary)
     losses = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][wanted], reduction="none")
     # Before the last layer, so that the answer's tokens can still attend to what was understood.
-    understood = last_input.take()[torch.arange(len(batch.ids)), batch.prompt_tokens - 1]  # (rows, hidden)
+    understood = before_last[torch.arange(len(batch.ids)), batch.prompt_tokens - 1]  # (rows, hidden)
     return (losses * weights[wanted]).sum(), heads(understood, batch.cues)
 
 
@@ -201,7 +181,6 @@ class Trainer:
             pad_id=self._pad_id,
         )
         self._heads = CueHeads(shape.hidden)
-        self._last_input = LastLayerInput(self.model)
         self._parameters = [*self.model.parameters(), *self._heads.parameters()]
         matrices = [p for p in self._parameters if p.dim() >= 2]
         vectors = [p for p in self._parameters if p.dim() < 2]
@@ -213,7 +192,7 @@ class Trainer:
         # One thread a row group instead of all threads in every operation: a step meets at one barrier, not at a
         # thousand, which on shared cores is the difference between 1,000 and 10,000 tokens/s.
         torch.set_num_threads(1)
-        self._threads = ThreadPoolExecutor(_THREADS)
+        self._map = map if training.threads == 1 else ThreadPoolExecutor(training.threads).map
         self._step = 0
         self._shard = 0
         self._elapsed_s = 0.0
@@ -230,7 +209,6 @@ class Trainer:
             started = self._clock()
             loss = self._update(batch)
             self._elapsed_s += self._clock() - started
-            self._step += 1
             seen_tokens += batch.ids.numel()
             window_loss, window_steps = window_loss + loss, window_steps + 1
             if self._elapsed_s - logged_s >= 15:
@@ -285,20 +263,21 @@ class Trainer:
     def _update(self, batch: Batch) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        parts = [batch.part(index, _THREADS) for index in range(_THREADS)]
-        total_weight = float(batch.weights.sum())
+        parts = [batch.part(index, self._training.threads) for index in range(self._training.threads)]
+        weight, rows = float(batch.weights.sum()), len(batch.ids)
         with self._deployed_weights():
-            results = list(self._threads.map(lambda part: self._gradients(part, total_weight, len(batch.ids)), parts))
+            results = list(self._map(lambda part: self._gradients(part, weight, rows), parts))
         for parameter, *gradients in zip(self._parameters, *(gradients for _, gradients in results), strict=True):
             parameter.grad = torch.stack(gradients).sum(dim=0)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
+        self._step += 1
         return sum(loss for loss, _ in results)
 
-    def _gradients(self, part: Batch, total_weight: float, rows: int) -> tuple[float, tuple[torch.Tensor, ...]]:
+    def _gradients(self, part: Batch, weight: float, rows: int) -> tuple[float, tuple[torch.Tensor, ...]]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the cache would be shared by threads
-            answer, cues = step_loss(self.model, self._heads, self._last_input, part)
-            loss = answer / total_weight
+            answer, cues = step_loss(self.model, self._heads, part)
+            loss = answer / weight
             total = loss + _CUE_SHARE * cues / rows
         return float(loss.detach()), torch.autograd.grad(total, self._parameters)
 
@@ -337,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line (see the module's docstring)."""
     parser = argparse.ArgumentParser(description="Train the reference model from random weights.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run; an old run there is resumed")
-    parser.add_argument("--minutes", type=float, default=50.0)
+    parser.add_argument("--minutes", type=float, default=Training.minutes)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--rate", type=float, default=Training.peak_rate)

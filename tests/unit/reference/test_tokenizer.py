@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from itertools import islice
 
-import llguidance
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
@@ -82,9 +81,8 @@ def test_saved_tokenizer_is_what_transformers_reads(
     assert other.bos_token_id is None
 
 
-def _forced_walk(tokenizer: Tokenizer, decision: Decision) -> list[int]:
+def _forced_walk(ll: LLTokenizer, tokenizer: Tokenizer, decision: Decision) -> list[int]:
     """The answer as the device produces it: forced tokens from the grammar, one chosen token at every field."""
-    ll = LLTokenizer(tokenizer.to_str(), n_vocab=tokenizer.get_vocab_size(), eos_token=int(tokenizer.token_to_id(EOS)))
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(TASK.output), overrides={"whitespace_flexible": False})
     matcher = LLMatcher(ll, grammar)
     ids: list[int] = []
@@ -107,10 +105,10 @@ def _consume_forced(matcher: LLMatcher) -> list[int]:
 
 
 def test_forced_tokens_and_chosen_values_are_the_tokens_of_training(tokenizer: Tokenizer) -> None:
-    assert llguidance.__version__
+    ll = LLTokenizer(tokenizer.to_str(), n_vocab=tokenizer.get_vocab_size(), eos_token=tokenizer.token_to_id(EOS))
     answers = {canonical_answer(row.decision): row.decision for row in islice(generate("train", 8), 300)}
     for text, decision in answers.items():
-        assert _forced_walk(tokenizer, decision) == _ids(tokenizer, text)
+        assert _forced_walk(ll, tokenizer, decision) == _ids(tokenizer, text)
 
 
 def test_prompt_fits_the_limit_of_the_task(tokenizer: Tokenizer) -> None:
