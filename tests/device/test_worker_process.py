@@ -216,8 +216,8 @@ def test_onnxruntime_out_of_memory_is_named(reference_bundle: Path) -> None:
     assert done.stdout.split() == ["worker.out_of_memory"] * 2, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("act", ["garbage", "not_json"])
-def test_garbage_from_the_worker_ends_it(act: str) -> None:
+@pytest.mark.parametrize("act", ["garbage", "not_json", "stale"])
+def test_garbage_or_the_answer_to_another_request_ends_the_worker(act: str) -> None:
     with fake_worker() as worker:
         worker.start()
         fault = fault_of(lambda: worker.decide("task", {"act": act}, 5.0))

@@ -54,6 +54,9 @@ class Misbehaving:
                 os.write(self._fd, b"\xff\xff\xff\xff garbage")
             case "not_json":
                 os.write(self._fd, b"\x00\x00\x00\x04\xff\xfe\x00{")
+            case "stale":
+                reply = b'{"answer": {}, "id": 0}'
+                os.write(self._fd, len(reply).to_bytes(4, "big") + reply)
             case "torn":
                 os.write(self._fd, b"\x00\x00\x10\x00{")
                 os._exit(0)
