@@ -14,7 +14,7 @@ from edge_agent.contract.task import GoldenExample, TaskSpec
 from export.greedy import Choice, GreedyDecoder
 
 CALIBRATION_NAME = "calibration.json"
-TEMPERATURES = tuple(round(0.3 * 1.02**step, 2) for step in range(140))  # 0.3 .. 4.7
+TEMPERATURES = tuple(round(0.3 * 1.02**step, 2) for step in range(180))  # 0.3 .. 10.4
 MIN_ROWS = 50
 """Fewer rows than this say too little about a tail: the field keeps temperature 1."""
 

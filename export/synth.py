@@ -169,12 +169,15 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     vocabulary: dict[str, int] = spec["vocab"]
     merges = [tuple(pair) for pair in spec["merges"]]
     seeds = [token for token in vocabulary if token != EOS]
-    for left, right in product(seeds, seeds):
-        if len(vocabulary) >= vocab_size:
+    lefts = list(seeds)
+    for left in lefts:  # grows while it is walked
+        for right in seeds:
+            if len(vocabulary) < vocab_size and left + right not in vocabulary:
+                vocabulary[left + right] = len(vocabulary)
+                merges.append((left, right))
+                lefts.append(left + right)
+        if len(vocabulary) == vocab_size:
             break
-        if left + right not in vocabulary:
-            vocabulary[left + right] = len(vocabulary)
-            merges.append((left, right))
     filled = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
     filled.add_special_tokens([EOS])
     return filled
