@@ -16,6 +16,11 @@ from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.worker import Progress, main
 
 _BLOCK_BYTES = 1 << 20
+_NONSENSE = {
+    "garbage": b"\xff\xff\xff\xff garbage",
+    "not_json": b"\x00\x00\x00\x04\xff\xfe\x00{",
+    "stale": b'\x00\x00\x00\x17{"answer": {}, "id": 0}',
+}
 
 
 class Misbehaving:
@@ -50,13 +55,8 @@ class Misbehaving:
                 raise ZeroDivisionError("a defect")
             case "refuse":
                 raise RefusedError("event.too_long", "as the test asked", tokens=12)
-            case "garbage":
-                os.write(self._fd, b"\xff\xff\xff\xff garbage")
-            case "not_json":
-                os.write(self._fd, b"\x00\x00\x00\x04\xff\xfe\x00{")
-            case "stale":
-                reply = b'{"answer": {}, "id": 0}'
-                os.write(self._fd, len(reply).to_bytes(4, "big") + reply)
+            case "garbage" | "not_json" | "stale" as nonsense:
+                os.write(self._fd, _NONSENSE[nonsense])
             case "torn":
                 os.write(self._fd, b"\x00\x00\x10\x00{")
                 os._exit(0)
