@@ -71,10 +71,13 @@ def parse_desired(payload: bytes) -> DesiredState:
         RefusedError: ``update.desired_invalid``.
     """
     try:
-        return DesiredState.model_validate_json(payload)
+        order = DesiredState.model_validate_json(payload)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
         raise RefusedError("update.desired_invalid", f"desired state does not fit the contract: {faults}") from error
+    if order.not_after.tzinfo is None:
+        raise RefusedError("update.desired_invalid", "not_after needs a time zone: a local hour is no moment")
+    return order
 
 
 @dataclass(frozen=True)

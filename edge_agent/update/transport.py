@@ -62,7 +62,11 @@ def open_transport(base_url: str, *, timeout_s: float = 30.0) -> Transport:
     Raises:
         PermanentError: ``fetch.bad_url``.
     """
-    parts = urlsplit(base_url)
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port
+    except ValueError as error:
+        raise PermanentError("fetch.bad_url", f"the registry URL is malformed: {error}") from error
     if parts.scheme == "file":
         if parts.netloc not in {"", "localhost"} or not parts.path:
             raise PermanentError("fetch.bad_url", f"{base_url!r} is not file:///absolute/path")

@@ -9,6 +9,7 @@ Faults are consumed in the order they were set; a path without one is served pro
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Fault:
         wrong_range: answer 206 from another offset than was asked.
         endless: go on sending after the file's end, without announcing a length.
         body: serve these bytes instead of the file's.
+        stall: accept the request and say nothing until the server ends.
         always: do not consume the fault.
     """
 
@@ -42,13 +44,14 @@ class Fault:
     wrong_range: bool = False
     endless: bool = False
     body: bytes | None = None
+    stall: bool = False
     always: bool = False
 
 
 class StaticServer:
-    """Serves ``directory`` on a free loopback port."""
+    """Serves ``directory`` on a free loopback port, over TLS where a context is given."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tls: ssl.SSLContext | None = None) -> None:
         self.directory = directory
         self.requests: list[tuple[str, str | None]] = []  # (path, Range header)
         self.sent_bytes: dict[str, int] = defaultdict(int)
@@ -68,11 +71,16 @@ class StaticServer:
 
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._httpd.daemon_threads = True
+        self._scheme = "http"
+        if tls is not None:
+            self._scheme = "https"
+            self._httpd.socket = tls.wrap_socket(self._httpd.socket, server_side=True, do_handshake_on_connect=False)
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._httpd.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._httpd.server_address[1]}"
 
     def fault(self, path: str, *faults: Fault) -> None:
         """Queue faults for a path (or for every path that ends so)."""
@@ -91,6 +99,7 @@ class StaticServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._httpd.shutdown()
         self._httpd.server_close()
         self._thread.join()
@@ -99,6 +108,9 @@ class StaticServer:
         self.requests.append((request.path, request.headers.get("Range")))
         fault = self._next_fault(request.path)
         request.close_connection = True
+        if fault.stall:
+            self._ended.wait()
+            return
         if fault.status is not None:
             request.send_response(fault.status)
             if fault.location:

@@ -80,6 +80,12 @@ def test_a_payload_outside_the_contract_is_refused(payload: bytes) -> None:
     assert caught.value.code == "update.desired_invalid"
 
 
+def test_an_expiry_without_a_time_zone_is_refused() -> None:
+    payload = order(not_after=NOW.replace(tzinfo=None)).model_dump_json().encode()
+    with pytest.raises(RefusedError, match="time zone"):
+        parse_desired(payload)
+
+
 def test_a_fresh_order_for_this_node_is_accepted() -> None:
     assert judge(order()) == Verdict(accepted=True, authentic=True)
 

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
+from edge_agent.contract.dsse import generate_key, private_key_to_pem
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, TransientError
 from edge_agent.update.blobs import BlobStore
 from edge_agent.update.fetch import Fetcher, Wanted, blob_url_path
@@ -205,6 +211,43 @@ def test_an_absent_server_is_transient(site: Site) -> None:
     assert (type(error), error.code) == (TransientError, "fetch.unreachable")
 
 
+def test_a_server_that_says_nothing_is_left_after_the_timeout(site: Site) -> None:
+    site.server.fault(PATH, Fault(stall=True))
+    site.fetcher(open_transport(site.server.url, timeout_s=0.2)).fetch(WANTED, ignore)
+    assert stored(site) == CONTENT
+    assert len(site.server.requests) == 2
+
+
+def test_a_certificate_by_a_stranger_is_refused_at_once(site: Site, tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed(tmp_path))
+    with StaticServer(site.server.directory, context) as server:
+        error = failure_of(lambda: site.fetcher(open_transport(server.url, timeout_s=5)).fetch(WANTED, ignore))
+        assert server.requests == []
+    assert (type(error), error.code) == (PermanentError, "fetch.tls_untrusted")
+    assert not site.store.partial(SHA).exists()
+
+
+def self_signed(directory: Path) -> Path:
+    """A PEM with a key and a certificate that nobody vouches for."""
+    key = generate_key()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = start_time()
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=9999))
+        .not_valid_after(now + timedelta(days=9999))
+        .sign(key, None)
+    )
+    path = directory / "server.pem"
+    path.write_bytes(private_key_to_pem(key) + certificate.public_bytes(Encoding.PEM))
+    return path
+
+
 def test_bandwidth_cap_is_kept(site: Site) -> None:
     site.fetcher(bandwidth=10_000).fetch(WANTED, ignore)
     assert site.clock.elapsed_s == pytest.approx(len(CONTENT) / 10_000, rel=0.01)
@@ -253,7 +296,16 @@ def test_a_usb_stick_that_is_not_plugged_in_is_transient(site: Site, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host/x", "http://", "http://user:secret@host/", "file://host/share", "http://host/?q=1", "nonsense"]
+    "url",
+    [
+        "ftp://host/x",
+        "http://",
+        "http://user:secret@host/",
+        "file://host/share",
+        "http://host/?q=1",
+        "http://host:port/",
+        "nonsense",
+    ],
 )
 def test_a_registry_url_that_cannot_be_meant_is_refused_without_telling_its_password(url: str) -> None:
     error = failure_of(lambda: open_transport(url))
