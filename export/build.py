@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import ModelProto
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from edge_agent.contract.manifest import Manifest, ModelSpec, Resources, read_manifest
+from edge_agent.contract.manifest import Manifest, ModelSpec, Name, Resources, read_manifest
 from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import copy_durable
@@ -39,6 +39,7 @@ RUNTIME_BASE_BYTES = 120 << 20
 MAX_PARITY_TEXTS = 16
 Precision = Literal["int4", "fp32"]
 Log = Callable[[str], None]
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, *, force: bo
         EdgeError: ``export.*``, ``task.*`` or ``key.*``; nothing is left at ``out``.
     """
     check_out(out, force=force)
+    _check_identity(request.identity)
     buildable_board(request.identity.target)
     checkpoint = open_checkpoint(request.checkpoint)
     context = min(checkpoint.max_positions, request.max_context_tokens)
@@ -146,6 +148,14 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, *, force: bo
         digest = sign_bundle(folder, key)
     log(f"bundle: {manifest.size_bytes:,} bytes in {len(manifest.files)} files, digest {digest}")
     return BuildResult(digest, manifest, report)
+
+
+def _check_identity(identity: Identity) -> None:
+    for what, value in (("name", identity.name), ("version", identity.version)):
+        try:
+            _NAME.validate_python(value)
+        except ValidationError as error:
+            raise RefusedError("export.name_invalid", f"{what} {value!r}: {error.errors()[0]['msg']}") from error
 
 
 def _build_graphs(

@@ -19,9 +19,8 @@ from typing import Any, cast
 
 import mobius
 import numpy as np
-import onnx
 import onnx_ir
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edge_agent.errors import PermanentError
 from export.repairs import faithful_config, repair_graph
@@ -33,7 +32,7 @@ HEAD_WEIGHT = "lm_head.weight_t"
 EXTERNAL_FROM_BYTES = 64 << 20
 """Graphs above this size keep their weights in ``<name>.data``, which ONNX Runtime maps instead of copying."""
 
-_ALIGNED_BYTES = 1024
+_ALIGNED_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -89,22 +88,38 @@ def head_node(model: ModelProto) -> NodeProto:
     return _producer(model, LOGITS)
 
 
-def save_graph(model: ModelProto, path: Path) -> list[Path]:
+def save_graph(model: ModelProto, path: Path, external_from_bytes: int = EXTERNAL_FROM_BYTES) -> list[Path]:
     """Write a graph; large weights go beside it.
 
     Returns:
         The files written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    weight_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if weight_bytes < EXTERNAL_FROM_BYTES:
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < external_from_bytes:
         path.write_bytes(model.SerializeToString(deterministic=True))
         return [path]
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    location = f"{path.name}.data"
-    onnx.save_model(copy, str(path), save_as_external_data=True, location=location, size_threshold=_ALIGNED_BYTES)
-    return [path, path.parent / location]
+    # Not by onnx.save_model: it empties the model that it is given, and copying one above 2 GB is not possible.
+    weights = path.parent / f"{path.name}.data"
+    light = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    light.opset_import.extend(model.opset_import)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    with weights.open("wb") as writer:
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) < _ALIGNED_BYTES:
+                light.graph.initializer.append(tensor)
+                continue
+            writer.write(bytes(-writer.tell() % _ALIGNED_BYTES))
+            outside = light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            outside.data_location = TensorProto.EXTERNAL
+            place = {"location": weights.name, "offset": str(writer.tell()), "length": str(len(tensor.raw_data))}
+            for key, value in place.items():
+                outside.external_data.add(key=key, value=value)
+            writer.write(tensor.raw_data)
+    path.write_bytes(light.SerializeToString(deterministic=True))
+    return [path, weights]
 
 
 def _scratch_beside(path: Path) -> Path | None:

@@ -22,6 +22,9 @@ SHARD_EVENTS = 6144
 FORCED_WEIGHT = 0.02
 """Weight of keys and punctuation, which the device forces; not zero, so that plain decoding works as well."""
 
+HARD_FIELDS = {"severity": 3.0}
+"""Weight of fields that follow from many cues at once and are learned last; every other field counts 1."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -75,8 +78,8 @@ class Encoder:
         self._task = task
         self._prefix: list[int] = tokenizer.encode(task.prompt.prefix, add_special_tokens=False).ids
         self._eos = int(tokenizer.token_to_id(EOS))
-        self._value_ids = {
-            tokenizer.token_to_id(text)
+        self._value_weights = {
+            int(tokenizer.token_to_id(text)): HARD_FIELDS.get(field.name, 1.0)
             for field in task.output_fields
             for text in (("true", "false") if isinstance(field, BoolField) else getattr(field, "values", ()))
         }
@@ -97,8 +100,8 @@ class Encoder:
 
     def _example(self, event: list[int], answer: list[int], cues: tuple[int, ...]) -> Example:
         prompt_tokens = len(self._prefix) + len(event)
-        # "," and quotes are never value ids, so a set decides; "unknown" or "false" stand only at values.
-        answer_weights = [1.0 if token in self._value_ids else FORCED_WEIGHT for token in answer]
+        # Quotes and keys are never value ids, so a table decides; "unknown" is a value of two fields of equal weight.
+        answer_weights = [self._value_weights.get(token, FORCED_WEIGHT) for token in answer]
         ids = (*self._prefix, *event, *answer, self._eos)
         return Example(ids, (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT), prompt_tokens, cues)
 

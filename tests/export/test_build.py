@@ -113,7 +113,7 @@ def test_target_that_cannot_be_built_is_refused(target: str, code: str, make_bun
 
 def test_name_that_no_topic_could_carry_is_refused(make_bundle: Build, tmp_path: Path) -> None:
     identity = Identity("../Tiny", "1", "cpu-x86_64")
-    assert code_of(make_bundle, tmp_path / "bundle", identity=identity) == "export.manifest_invalid"
+    assert code_of(make_bundle, tmp_path / "bundle", identity=identity) == "export.name_invalid"
 
 
 def test_golden_example_that_the_model_fails_is_refused(make_bundle: Build, task_folder: Path, tmp_path: Path) -> None:

@@ -99,6 +99,19 @@ def test_nothing_of_this_machine_is_in_the_graph(checkpoint: Path) -> None:
     assert b"edge-export-" not in raw
 
 
+def test_large_weights_lie_beside_the_graph_and_load(llama: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(llama)
+    model = build_fp32(opened, CONTEXT)
+    spec = _model_spec(opened, model, CONTEXT, "fp32")
+    inside = save_graph(model, tmp_path / "inside.onnx")
+    outside = save_graph(model, tmp_path / "outside.onnx", external_from_bytes=0)
+    assert [file.name for file in inside] == ["inside.onnx"]
+    assert [file.name for file in outside] == ["outside.onnx", "outside.onnx.data"]
+    assert outside[0].stat().st_size < 40_000
+    left, right = (StepModel(files[0], spec) for files in (inside, outside))
+    assert np.array_equal(left.step([1, 2, 3], left.start())[0], right.step([1, 2, 3], right.start())[0])
+
+
 def test_tied_embedding_is_stored_once(int4_bundle: Path) -> None:
     model = onnx.load(int4_bundle / "model/decoder.onnx")
     lookup = next(n for n in model.graph.node if n.op_type == "GatherBlockQuantized")
