@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.errors import PermanentError, from_os_error
@@ -22,15 +22,12 @@ class Child:
         name: for messages and the log's file name.
         command: argument list.
         logs: directory for ``<name>.log`` (stdout and stderr together).
-        environment: added to our own.
 
     Raises:
         EdgeError: when the program cannot be started.
     """
 
-    def __init__(
-        self, name: str, command: Sequence[str], logs: Path, *, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str], logs: Path) -> None:
         self.name = name
         self.log = logs / f"{name}.log"
         try:
@@ -42,7 +39,7 @@ class Child:
                     stdout=sink,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env={**os.environ, **(environment or {})},
+                    env=_environment(),
                 )
         except OSError as error:
             raise from_os_error(error, f"starting {name}") from error
@@ -76,3 +73,9 @@ class Child:
     def tail(self, lines: int = TAIL_LINES) -> str:
         """The end of its log."""
         return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
+
+
+def _environment() -> dict[str, str]:
+    """Ours, less what would change the node's settings, and with no proxy between it and this machine."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_AGENT_")}
+    return {**own, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deploy.demo.bundles import find_reference
 from deploy.demo.consumer import History
@@ -75,6 +75,7 @@ def run_demo(options: DemoOptions) -> int:
     except EdgeError as error:
         screen.close()
         sys.stderr.write(f"edge-deploy: {error}\n")
+        _write_json(options, {"ok": False, "broken": [str(error)], "error": error.as_dict()})
     except KeyboardInterrupt:
         _remove(directory, keep=options.keep)
         raise
@@ -82,8 +83,7 @@ def run_demo(options: DemoOptions) -> int:
         screen.close()
     if result is not None:
         closing_table(result)
-        if options.json_path:
-            write_atomic(options.json_path.absolute(), (json.dumps(result.as_dict(), indent=2) + "\n").encode())
+        _write_json(options, result.as_dict())
         if not result.broken():
             _remove(directory, keep=options.keep)
             return 0
@@ -293,6 +293,11 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _write_json(options: DemoOptions, found: dict[str, Any]) -> None:
+    if options.json_path:
+        write_atomic(options.json_path.absolute(), (json.dumps(found, indent=2) + "\n").encode())
 
 
 def _remove(directory: Path, *, keep: bool) -> None:

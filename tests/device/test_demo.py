@@ -83,10 +83,16 @@ def test_interrupted_demo_leaves_no_process_and_no_directory(signum: signal.Sign
 
 
 def test_demo_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
+    found_at = tmp_path / "out.json"
     done = subprocess.run(
-        demo("--bundle", str(tmp_path / "nowhere")), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        demo("--bundle", str(tmp_path / "nowhere"), "--json", str(found_at)),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
+    assert json.loads(found_at.read_text())["error"]["code"] == "bundle.missing"
     assert "bundle.missing" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -131,6 +131,15 @@ class TestChildren:
         assert child.stop(patience_s=0.2) == -signal.SIGKILL
         until(lambda: not Path(f"/proc/{grandchild}").exists() or b"Z" in _state(grandchild))
 
+    def test_settings_in_our_environment_do_not_reach_the_node(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("EDGE_AGENT_MQTT__HOST", "elsewhere")
+        code = "import os; print(sorted(n for n in os.environ if n.startswith('EDGE_AGENT_')), os.environ['NO_PROXY'])"
+        child = Child("env", [sys.executable, "-c", code], tmp_path)
+        until(lambda: not child.alive)
+        assert child.tail() == "[] 127.0.0.1"
+
     def test_missing_program_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(PermanentError) as caught:
             Child("none", ["/nonexistent/program"], tmp_path)
