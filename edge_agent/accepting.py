@@ -32,7 +32,7 @@ class Accepting:
 
         Raises:
             RefusedError: the event is wrong and lies in the dead letters: acknowledge it.
-            TransientError: ``inbox.full`` or ``disk.full``: do not acknowledge it.
+            TransientError: ``disk.full``: do not acknowledge it. ``inbox.full``: the uplink buries and acknowledges it.
         """
         try:
             spec = self._spec(task)
