@@ -35,7 +35,8 @@ from edge_agent.uplink import credentials, faults
 from edge_agent.uplink.cloudevents import WireMessage
 
 MAX_RECEIVE_MAXIMUM = 65_535
-# QoS 0 has no flow control: beyond this many unread messages they are dropped and counted.
+# QoS 0 has no flow control: with this many unread messages further ones are dropped and counted. QoS 1 needs no bound
+# of ours: the broker stops at our Receive Maximum (on 3.1.1 at its own window).
 MAX_UNREAD = 10_000
 _P = ParamSpec("_P")
 _log = get_logger(__name__)
@@ -118,7 +119,7 @@ class Connection:
     def __init__(
         self, settings: MqttSettings, identity: Identity, will: Will | None, *, is_v5: bool, wake: threading.Event
     ) -> None:
-        self.incoming: queue.Queue[Incoming] = queue.Queue(MAX_UNREAD)
+        self.incoming: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         self._pubacks: queue.SimpleQueue[Puback] = queue.SimpleQueue()
         self.overflowed = 0
         self._settings = settings
@@ -365,11 +366,10 @@ class Connection:
             topic = message.topic
         except UnicodeDecodeError:
             topic = None
-        try:
-            self.incoming.put_nowait(Incoming(topic, bytes(message.payload), message.qos, message.retain, message.mid))
-        except queue.Full:
-            # Not acknowledged, so at QoS 1 the broker sends it again with the next connection.
+        if message.qos == 0 and self.incoming.qsize() >= MAX_UNREAD:
             self.overflowed += 1
+            return
+        self.incoming.put(Incoming(topic, bytes(message.payload), message.qos, message.retain, message.mid))
         self._wake.set()
 
     @_caught
