@@ -153,20 +153,23 @@ def test_operator_that_this_runtime_does_not_have_is_unsupported(variant: Varian
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "by"),
     [
-        {"num_layers": 5},
-        {"num_layers": 3},
-        {"num_kv_heads": 3},
-        {"head_dim": 64},
-        {"vocab_size": 4097},
-        {"vocab_size": 100},
+        ("num_layers", 1),
+        ("num_layers", -1),
+        ("num_kv_heads", 1),
+        ("head_dim", 32),
+        ("vocab_size", 1),
+        ("vocab_size", -1),
     ],
-    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
 )
-def test_graph_that_differs_from_its_manifest_is_unsupported(variant: Variant, change: dict[str, int]) -> None:
+def test_graph_that_differs_from_its_manifest_is_unsupported(variant: Variant, name: str, by: int) -> None:
     bundle = variant()
-    bundle.seal(lambda manifest: manifest["model"].update(change))
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"][name] += by
+
+    bundle.seal(change)
     assert fault_of(lambda: load(bundle)).code == "bundle.unsupported"
 
 

@@ -56,7 +56,7 @@ class BundleVariant:
 
     def drop(self, name: str) -> None:
         path = self.path / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def open(self) -> VerifiedBundle:
         return open_installed_bundle(self.path, self.digest)
