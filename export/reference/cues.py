@@ -1,22 +1,31 @@
 """Auxiliary heads: while training, the model also says what it understood before it answers.
 
 The severity follows from up to seven cues at once. With the answer alone as a teacher the model finds them slowly;
-small linear heads on the last prompt token, one a cue, show it where to look. They are dropped with the training
-state and are no part of the checkpoint.
+small linear heads on the last prompt token, one a cue, show it where to look, and one on the deviation line teaches it
+to read digits. They are dropped with the training state and are no part of the checkpoint.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from export.reference.generator import ALL_MODES
-from export.reference.rules import Situation, measured_band
+from export.reference.rules import BAND_LOWER_BOUNDS_PERCENT, Situation, measured_band
+
+if TYPE_CHECKING:
+    from export.reference.examples import Batch
 
 _QUALIFIERS = ("none", "test", "maintenance", "cleared", "nominal")
 _MODE_INDEX = {mode.name: index for index, mode in enumerate(ALL_MODES, start=1)}
 CUE_CLASSES = (len(ALL_MODES) + 1, 5, 5, 2, len(_QUALIFIERS), 2, 2)
 """Classes of mode, stated band, measured band, repeated, qualifier, halted and injected."""
+_SIGNED_BOUNDS = tuple(sorted((0, *(sign * bound for bound in BAND_LOWER_BOUNDS_PERCENT for sign in (1, -1)))))
+DEVIATION_CLASSES = len(_SIGNED_BOUNDS) + 1
+"""Signed bands of the deviation line."""
 
 
 def cue_labels(situation: Situation) -> tuple[int, ...]:
@@ -33,8 +42,13 @@ def cue_labels(situation: Situation) -> tuple[int, ...]:
     )
 
 
+def deviation_class(percent: int) -> int:
+    """Which of `DEVIATION_CLASSES` signed bands a deviation lies in, whatever sign is the bad one."""
+    return sum(percent >= bound for bound in _SIGNED_BOUNDS)
+
+
 class CueHeads(nn.Module):
-    """One linear classifier a cue.
+    """Linear classifiers: one a cue on the last prompt token, one on the sign after the deviation.
 
     Args:
         hidden: width of the model.
@@ -44,20 +58,28 @@ class CueHeads(nn.Module):
         super().__init__()
         self._norm = nn.LayerNorm(hidden)
         self._heads = nn.ModuleList(nn.Linear(hidden, classes) for classes in CUE_CLASSES)
+        self._deviation = nn.Linear(hidden, DEVIATION_CLASSES)
 
-    def forward(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum over the batch of the mean cross entropy of all cues.
+    def forward(self, inputs: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Cross entropy summed over the batch: the mean of all cues, and the deviation's.
 
         Args:
-            states: (rows, hidden), the hidden state of the last prompt token.
-            labels: (rows, cues) int64.
+            inputs: what enters each layer, (rows, length, hidden).
+            batch: the batch, for positions and labels.
 
         Returns:
             A scalar.
         """
-        normal = self._norm(states.float())
+        rows = torch.arange(len(batch.ids))
+        # Before the last layer, so that the answer's tokens can still attend to what was understood.
+        understood = self._norm(inputs[-1][rows, batch.prompt_tokens - 1].float())  # (rows, hidden)
         losses = [
-            nn.functional.cross_entropy(head(normal).float(), labels[:, index], reduction="sum")
+            nn.functional.cross_entropy(head(understood).float(), batch.cues[:, index], reduction="sum")
             for index, head in enumerate(self._heads)
         ]
-        return torch.stack(losses).sum() / len(losses)
+        loss = torch.stack(losses).sum() / len(losses)
+        shown = batch.deviation_at > 0
+        # In the middle of the network: reading a number is local, and the layers above have to use it.
+        read = self._norm(inputs[len(inputs) // 2][rows[shown], batch.deviation_at[shown]].float())
+        logits = self._deviation(read).float()  # (rows with a deviation, classes)
+        return loss + nn.functional.cross_entropy(logits, batch.deviation[shown], reduction="sum")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
 
-from edge_agent.contract.task import BoolField, TaskSpec
-from export.reference.cues import cue_labels
+from edge_agent.contract.task import BoolField, Deviation, TaskSpec
+from export.reference.cues import cue_labels, deviation_class
 from export.reference.generator import LabelledEvent, generate
-from export.reference.rules import Decision
+from export.reference.rules import Decision, Situation
 from export.reference.tokenizer import EOS
 from export.reference.vocabulary import Split
 
@@ -35,12 +35,16 @@ class Example:
         weights: how much the prediction of each id counts; zero for the prompt.
         prompt_tokens: how many of the ids are prefix and event.
         cues: labels of the auxiliary heads.
+        deviation_at: index of the last token of the deviation line, 0 without one.
+        deviation: class of the deviation, 0 without one.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     prompt_tokens: int
     cues: tuple[int, ...]
+    deviation_at: int
+    deviation: int
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,21 @@ class Batch:
         weights: (rows, length) float32.
         prompt_tokens: (rows,) int64.
         cues: (rows, cues) int64.
+        deviation_at: (rows,) int64.
+        deviation: (rows,) int64.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
     prompt_tokens: torch.Tensor
     cues: torch.Tensor
+    deviation_at: torch.Tensor
+    deviation: torch.Tensor
 
     def part(self, index: int, parts: int) -> Batch:
         """Every ``parts``-th row from row ``index`` on."""
         rows = slice(index, None, parts)
-        return Batch(self.ids[rows], self.weights[rows], self.prompt_tokens[rows], self.cues[rows])
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def canonical_answer(decision: Decision) -> str:
@@ -78,6 +86,10 @@ class Encoder:
         self._task = task
         self._prefix: list[int] = tokenizer.encode(task.prompt.prefix, add_special_tokens=False).ids
         self._eos = int(tokenizer.token_to_id(EOS))
+        # "over" opens the deviation line and is one token, as "\n" is.
+        self._line_end = int(tokenizer.token_to_id("Ċ"))
+        label = next(item.label for item in task.prompt.event if isinstance(item, Deviation))
+        self._deviation_label = int(tokenizer.encode(label, add_special_tokens=False).ids[0])
         self._value_weights = {
             int(tokenizer.token_to_id(text)): HARD_FIELDS.get(field.name, 1.0)
             for field in task.output_fields
@@ -93,17 +105,22 @@ class Encoder:
         """Encode a shard at once, which is several times faster than one by one."""
         rendered = self._tokenizer.encode_batch([self._task.render(e.event) for e in events], add_special_tokens=False)
         answers = self._tokenizer.encode_batch([canonical_answer(e.decision) for e in events], add_special_tokens=False)
-        return [
-            self._example(r.ids, a.ids, cue_labels(e.situation))
-            for r, a, e in zip(rendered, answers, events, strict=True)
-        ]
+        return [self._example(r.ids, a.ids, e.situation) for r, a, e in zip(rendered, answers, events, strict=True)]
 
-    def _example(self, event: list[int], answer: list[int], cues: tuple[int, ...]) -> Example:
-        prompt_tokens = len(self._prefix) + len(event)
+    def _example(self, event: list[int], answer: list[int], situation: Situation) -> Example:
         # Quotes and keys are never value ids, so a table decides; "unknown" is a value of two fields of equal weight.
         answer_weights = [self._value_weights.get(token, FORCED_WEIGHT) for token in answer]
         ids = (*self._prefix, *event, *answer, self._eos)
-        return Example(ids, (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT), prompt_tokens, cues)
+        prompt_tokens = len(self._prefix) + len(event)
+        weights = (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT)
+        percent = situation.deviation_percent
+        if percent is None:
+            return Example(ids, weights, prompt_tokens, cue_labels(situation), 0, 0)
+        # Line ends are tokens of their own, so the label after one is at the start of a line.
+        starts = (0, *(i + 1 for i, token in enumerate(event) if token == self._line_end))
+        line = next(i for i in starts if event[i] == self._deviation_label)
+        at = len(self._prefix) + event.index(self._line_end, line) - 1
+        return Example(ids, weights, prompt_tokens, cue_labels(situation), at, deviation_class(percent))
 
 
 def shard(encoder: Encoder, split: Split, seed: int) -> list[Example]:
@@ -127,5 +144,11 @@ def batches(examples: Sequence[Example], rng: random.Random, *, tokens: int, pad
         for row, example in enumerate(group):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             weights[row, : len(example.ids)] = torch.tensor(example.weights)
-        prompt_tokens = torch.tensor([example.prompt_tokens for example in group])
-        yield Batch(ids, weights, prompt_tokens, torch.tensor([example.cues for example in group]))
+        yield Batch(
+            ids,
+            weights,
+            torch.tensor([example.prompt_tokens for example in group]),
+            torch.tensor([example.cues for example in group]),
+            torch.tensor([example.deviation_at for example in group]),
+            torch.tensor([example.deviation for example in group]),
+        )

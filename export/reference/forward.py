@@ -19,7 +19,7 @@ def rotary_table(model: LlamaForCausalLM, length: int) -> tuple[torch.Tensor, to
     return angles.cos(), angles.sin()
 
 
-def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Run the decoder on right-padded rows.
 
     Args:
@@ -27,7 +27,7 @@ def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Ten
         ids: (rows, length) int64.
 
     Returns:
-        What enters the last layer and the normed final states, each (rows, length, hidden).
+        What enters each layer, and the normed final states, each (rows, length, hidden).
     """
     config = model.config
     epsilon = config.rms_norm_eps
@@ -37,9 +37,9 @@ def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Ten
     # One causal mask for every query head of a group: (group * length, length).
     mask = torch.full((length, length), float("-inf")).triu_(1).repeat(group, 1)
     states = functional.embedding(ids, model.model.embed_tokens.weight)
-    before_last = states
+    inputs: list[torch.Tensor] = []
     for layer in model.model.layers:
-        before_last = states
+        inputs.append(states)
         attention, mlp = layer.self_attn, layer.mlp
         normal = functional.rms_norm(states, (states.shape[-1],), layer.input_layernorm.weight, epsilon)
         weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
@@ -48,7 +48,7 @@ def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Ten
         normal = functional.rms_norm(states, (states.shape[-1],), layer.post_attention_layernorm.weight, epsilon)
         gate, up = functional.linear(normal, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])).chunk(2, dim=-1)
         states = states + mlp.down_proj(functional.silu(gate) * up)
-    return before_last, functional.rms_norm(states, (states.shape[-1],), model.model.norm.weight, epsilon)
+    return inputs, functional.rms_norm(states, (states.shape[-1],), model.model.norm.weight, epsilon)
 
 
 def _attend(

@@ -113,15 +113,13 @@ def step_loss(model: LlamaForCausalLM, heads: CueHeads, batch: Batch) -> tuple[t
     Returns:
         Weighted cross entropy of the answer's tokens, and the auxiliary heads' cross entropy.
     """
-    # Both (rows, length - 1, hidden). Right padding needs no mask: causal attention never looks there.
-    before_last, final = hidden_states(model, batch.ids[:, :-1])
+    # Right padding needs no mask: causal attention never looks there. All (rows, length - 1, hidden).
+    inputs, final = hidden_states(model, batch.ids[:, :-1])
     weights = batch.weights[:, 1:]  # (rows, length - 1)
     wanted = weights > 0
     logits = model.lm_head(final[wanted]).float()  # (answer tokens, vocabulary)
     losses = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][wanted], reduction="none")
-    # Before the last layer, so that the answer's tokens can still attend to what was understood.
-    understood = before_last[torch.arange(len(batch.ids)), batch.prompt_tokens - 1]  # (rows, hidden)
-    return (losses * weights[wanted]).sum(), heads(understood, batch.cues)
+    return (losses * weights[wanted]).sum(), heads(inputs, batch)
 
 
 def rate_at(progress: float, training: Training) -> float:
