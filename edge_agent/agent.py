@@ -126,16 +126,21 @@ class Agent:
                 _log.error("worker_not_restarted", error=error)
 
     def _serve_active(self) -> None:
-        """Start the worker on the active slot. A fault raises an alarm; the daemon lives on and can be mended."""
-        try:
-            active = self._updater.slots.active()
-            if active is not None:
-                self._serving.exchange(active.path, active.digest)
-        except EdgeError as error:
-            _log.error("bundle_not_served", error=error)
-            self._alarmed = True
-            alarm = json.dumps(error.as_dict(), default=str).encode()
-            self._uplink.publish_retained(self._topics.alarm(MODEL_ALARM), alarm)
+        """Start the worker on the active slot, else on the one before it.
+
+        A fault raises an alarm; the daemon lives on, so that an order can mend it.
+        """
+        for slot_of in (self._updater.slots.active, self._updater.slots.previous):
+            try:
+                bundle = slot_of()
+                if bundle is not None:
+                    self._serving.exchange(bundle.path, bundle.digest)
+                    return
+            except EdgeError as error:
+                _log.error("bundle_not_served", error=error)
+                self._alarmed = True
+                alarm = json.dumps(error.as_dict(), default=str).encode()
+                self._uplink.publish_retained(self._topics.alarm(MODEL_ALARM), alarm)
 
     # ---- what the uplink asks (edge_agent.uplink.ports.UplinkPorts)
 

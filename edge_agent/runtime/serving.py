@@ -127,10 +127,11 @@ class ServingWorker:
         Raises:
             EdgeError: the new worker did not start; the old one keeps serving.
         """
-        model = _read_model(bundle, digest)
         fresh = self._factory(bundle, digest)
         try:
+            # The worker hashes every file first: nothing of the bundle is read here before that.
             facts = fresh.start()
+            model = _read_model(bundle, digest)
         except EdgeError:
             fresh.stop()
             raise

@@ -221,6 +221,26 @@ def test_a_damaged_active_bundle_raises_an_alarm_and_a_new_order_mends_it(
     peer.wait_for(lambda seen: seen.topic == TOPICS.alarm("model") and not seen.payload)
 
 
+def test_a_daemon_whose_newest_bundle_is_damaged_answers_with_the_one_before_it(
+    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], Any]
+) -> None:
+    daemon.start()
+    install(daemon, reference_bundle, peer, broker.port)
+    newer = variant()
+    newer.put("tasks/triage/task.yaml", (newer.path / "tasks/triage/task.yaml").read_text() + "\n# newer\n")
+    newer.seal(lambda manifest: manifest.update(version="99.0.0"))
+    install(daemon, newer.path, peer, broker.port)
+    daemon.end()
+    damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
+    damaged.chmod(0o600)
+    damaged.write_text("name: [")
+    daemon.start()
+    peer.deliver(EVENTS, an_event("after-damage"))
+    found = peer.wait_for(lambda seen: seen.topic == DECISIONS and b'"e-after-damage"' in seen.payload)
+    assert json.loads(found[0].payload)["model"]["version"] != "99.0.0"
+    assert json.loads(peer.on(TOPICS.alarm("model"))[-1].payload)["code"].startswith("bundle.")
+
+
 @pytest.mark.needs("root")
 def test_a_full_disk_stops_acknowledgements_and_nothing_is_lost_when_it_drains(
     tmp_path: Path, broker: BrokerProcess, peer: Peer, reference_bundle: Path

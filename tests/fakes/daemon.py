@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from deploy.__main__ import main as edge_deploy
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.contract.messages import release_path
 from edge_agent.contract.topics import NodeTopics
-from tests.fakes.mqtt_peer import Peer, Seen, wait_until
+from tests.fakes.mqtt_peer import Peer, wait_until
 
 TOPICS = NodeTopics("plant1", "gw1")
 DECISIONS = "acme/plant1/forming/line2/cell3/_edgeai/triage"
@@ -117,22 +119,31 @@ class Daemon:
 
 
 def install(daemon: Daemon, bundle: Path, peer: Peer, port: int, *more: str) -> None:
-    """Order ``bundle`` and see it committed, over a first event that its probation needs."""
+    """Order ``bundle`` and see it committed, over events that its probation needs."""
     release = daemon.publish(bundle)
     daemon.order(release, port, *more)
     reported(peer, state="probation", release=release)
-    peer.deliver(EVENTS, json.dumps({"id": f"warm-up {release}", "machine": "press-1", "text": "hydraulic oil low"}))
-    reported(peer, state="committed", release=release)
+    numbers = itertools.count()
+
+    def is_committed() -> bool:
+        # More than one: probation is reported before the swap, so the old model may still answer the first.
+        event = {"id": f"warm-up {release} {next(numbers)}", "machine": "press-1", "text": "hydraulic oil low"}
+        peer.deliver(EVENTS, json.dumps(event))
+        time.sleep(0.2)
+        return bool(_reports(peer, state="committed", release=release))
+
+    wait_until(is_committed, 60.0)
 
 
 def reported(peer: Peer, **wanted: Any) -> dict[str, Any]:
     """Wait for a ``model/reported`` with these fields."""
+    wait_until(lambda: _reports(peer, **wanted), 60.0)
+    return _reports(peer, **wanted)[-1]
 
-    def matches(seen: Seen) -> bool:
-        return seen.topic == TOPICS.model_reported and wanted.items() <= json.loads(seen.payload).items()
 
-    found: dict[str, Any] = json.loads(peer.wait_for(matches, timeout_s=60.0)[-1].payload)
-    return found
+def _reports(peer: Peer, **wanted: Any) -> list[dict[str, Any]]:
+    reports = [json.loads(seen.payload) for seen in list(peer.seen) if seen.topic == TOPICS.model_reported]
+    return [report for report in reports if wanted.items() <= report.items()]
 
 
 def decisions_of(peer: Peer, prefix: str = "") -> dict[str, set[str]]:
