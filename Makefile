@@ -8,6 +8,10 @@ STAMPS  := $(VENV)/.stamps
 
 DEMO_ARGS  ?=
 TEST_ARGS  ?=
+# Tests of one file stay in one process. More than two processes want more memory than a small machine has.
+TEST_JOBS  ?= 2
+# Signs the reference bundle; devices trust its public half in edge_agent/keys for `decide` and `bench` only.
+REFERENCE_KEY ?= $(HOME)/.config/edge-agent/keys/developer.pem
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -23,7 +27,7 @@ demo: $(STAMPS)/demo ## the whole path on one machine: plant, device, updates (D
 
 test: $(STAMPS)/dev ## the whole test suite (TEST_ARGS="-k spool")
 	@scripts/debian_packages.sh $$(scripts/test_packages.sh) || echo "tests that need them are reported as not run"
-	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest $(TEST_ARGS)
+	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile $(TEST_ARGS)
 
 check: check-format check-lint check-types check-imports check-ansible check-units ## format, lint, types, import rules, Ansible and systemd files
 
@@ -49,11 +53,13 @@ bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this ma
 	$(BIN)/edge-agent bench --bundle $(BUNDLE) $(BENCH_ARGS)
 
 reference: $(STAMPS)/dev ## train the reference model and build its bundle from nothing (an hour on two cores)
-	$(BIN)/python -m export.reference
+	$(BIN)/python -m export.reference --work build/reference --install
+	$(BIN)/edge-export build export/reference/checkpoint --target cpu-x86_64 --task export/reference/task \
+	  --sign-key $(REFERENCE_KEY) --out $(BUNDLE) --force
 
 # From a fresh copy of build/: setuptools would carry files over that no longer exist.
 wheel: $(STAMPS)/demo ## build dist/edge_agent-VERSION-py3-none-any.whl, what a gateway installs
-	rm -rf build
+	rm -rf build/lib build/bdist.*
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	@ls dist/edge_agent-*.whl
 
