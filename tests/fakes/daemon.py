@@ -83,7 +83,7 @@ class Daemon:
         """Send a signal and wait for the end; the exit status."""
         assert self._process is not None
         self._process.send_signal(number)
-        status = self._process.wait(30)
+        status = self._process.wait(60)
         self._process = None
         return status
 
