@@ -14,7 +14,7 @@ from edge_agent.contract.manifest import ModelSpec, read_manifest
 from edge_agent.errors import EdgeError
 from export.build import _model_spec
 from export.graph import _check_rotary, build_fp32, graph_shape, save_graph
-from export.greedy import StepModel
+from export.greedy import Floats, StepModel
 from export.parity import TOLERANCE, against_transformers, between
 from export.quantize import METHODS, QuantSettings, quantize_int4
 from export.source import ARCHITECTURES, open_checkpoint
@@ -54,6 +54,24 @@ def test_fp32_graph_equals_transformers(like: str, changes: dict[str, Any], tmp_
     assert parity.holds
     if like != "gemma3-270m":  # its logits reach 16: held to the tolerance as a share of that
         assert parity.max_abs_diff <= TOLERANCE
+
+
+class Silent:
+    """A graph that answers the same whatever it is asked."""
+
+    def __init__(self, logit: float) -> None:
+        self._logits = np.full(TINY["vocab_size"], logit, np.float32)
+
+    def start(self) -> dict[str, Floats]:
+        return {}
+
+    def step(self, ids: list[int], past: dict[str, Floats]) -> tuple[Floats, dict[str, Floats]]:
+        return self._logits, past
+
+
+@pytest.mark.parametrize("logit", [0.0, float("nan"), float("inf")])
+def test_graph_that_answers_nonsense_is_not_taken_for_the_model(logit: float, llama: Path) -> None:
+    assert not against_transformers(open_checkpoint(llama), Silent(logit)).holds
 
 
 def test_graph_without_positions_is_refused(llama: Path) -> None:
