@@ -148,6 +148,8 @@ class SpoolStore:
         """
         with self._lock:
             if self._depth:
+                # SQLite may have ended the transaction with the fault: a further write would be one of its own.
+                self._raise_fault()
                 with self._part():
                     yield self._connection
                 return

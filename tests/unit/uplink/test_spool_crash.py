@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import subprocess
@@ -173,6 +174,23 @@ def test_a_batch_that_meets_a_full_disk_is_taken_back_as_a_whole(small_disk: Pat
     assert caught.value.code == "disk.full"
     assert spool.counts().inbox == 0
     assert spool.accept("triage", "0", b"{}", "normal", 1) is not Duplicate
+    spool.close()
+
+
+@pytest.mark.needs("root", "mount")
+def test_a_batch_is_lost_as_a_whole_also_when_the_caller_swallows_the_error(small_disk: Path) -> None:
+    spool = Spool(small_disk / "spool.sqlite", SpoolSettings())
+
+    def overfill() -> None:
+        with spool.batch():
+            for number in range(2000):
+                with contextlib.suppress(TransientError):
+                    spool.accept("triage", str(number), b"x" * 1000, "normal", 1)
+
+    with pytest.raises(TransientError) as caught:
+        overfill()
+    assert caught.value.code == "disk.full"
+    assert spool.counts().inbox == 0
     spool.close()
 
 
