@@ -135,7 +135,7 @@ def _demo(commands: _Commands) -> None:
         "demo --seconds 40 --json out.json",
     )
     demo.add_argument(
-        "--seconds", type=_positive_float, default=40.0, help="length of the plant's day; default: %(default)s"
+        "--seconds", type=_positive_float, default=30.0, help="length of the plant's day; default: %(default)s"
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     demo.add_argument("--plain", action="store_true", help="plain lines instead of a live view")

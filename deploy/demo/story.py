@@ -31,7 +31,8 @@ _ENDS: frozenset[UpdateState] = frozenset({"committed", "rolled_back", "failed"}
 _STEADY = Pace("steady", per_s=8.0)
 _TRICKLE = Pace("flood", per_s=15.0)
 _LOAD = Pace("load", per_s=25.0)
-_BACKLOG_AT_CUT = 100
+_FLOOD_PER_S = 400.0
+_LEAST_BACKLOG, _MOST_BACKLOG = 120, 600
 # Not a drop: the broker sent an event again after the cut, and the node knew it.
 _RECOGNISED = "event.duplicate"
 
@@ -108,6 +109,7 @@ class Day:
         self._phase = "start"
         self._notes: list[str] = []
         self._began_s = time.monotonic()
+        self._planned_s = 0.0
         # Wall clock, because it is compared with the node's own timestamps.
         self._cut_ms = self._restored_ms = 0
 
@@ -128,10 +130,10 @@ class Day:
         self._order(v3)
         self._play("noon", 0.12, _STEADY, self._update_ended)
 
-        flood = Pace("flood", per_s=400.0, backlog=round(150 + 5 * self._seconds))
-        self._play("flood", 0.12, flood, lambda: self._inbox() >= _BACKLOG_AT_CUT)
+        backlog = self._flood(outage_s=0.14 * self._seconds)
+        self._play("flood", 0.08, Pace("flood", _FLOOD_PER_S, backlog), lambda: self._inbox() >= backlog * 0.7)
         self._cut()
-        self._play("outage", 0.14, _TRICKLE)
+        self._play("outage", 0.14, _TRICKLE, whole=True)
         self._restore()
         self._play("recovery", 0.12, _STEADY, lambda: self._online() and stage.ledger.outstanding() < _STEADY.per_s * 2)
 
@@ -152,10 +154,31 @@ class Day:
             f"ordered {variant.label} ({variant.story}; {published.new_bytes:,} of {published.size_bytes:,} bytes new)"
         )
 
-    def _play(self, phase: str, share: float, pace: Pace, done: Callable[[], bool] = lambda: True) -> None:
+    def _flood(self, *, outage_s: float) -> int:
+        """Measure how fast this machine decides under a flood.
+
+        Returns:
+            A backlog that lasts somewhat longer than the outage, so that the node has work throughout it and is not
+            busy with it for the rest of the day.
+        """
+        ledger = self._stage.ledger
+        before, started_s = ledger.totals().decisions_out, time.monotonic()
+        self._play("flood", 0.04, Pace("flood", _FLOOD_PER_S, _LEAST_BACKLOG))
+        per_s = (ledger.totals().decisions_out - before) / (time.monotonic() - started_s)
+        return round(min(_MOST_BACKLOG, max(_LEAST_BACKLOG, 1.3 * per_s * outage_s)))
+
+    def _play(
+        self, phase: str, share: float, pace: Pace, done: Callable[[], bool] = lambda: True, *, whole: bool = False
+    ) -> None:
+        """Run a phase until its time on the day's clock and until ``done``.
+
+        When the day is late, phases are cut short, down to a quarter, unless ``whole``.
+        """
         self._phase = phase
         self._stage.plant.enter(pace)
-        ends_s = time.monotonic() + share * self._seconds
+        now_s, length_s = time.monotonic(), share * self._seconds
+        self._planned_s += length_s
+        ends_s = now_s + length_s if whole else max(now_s + length_s / 4, self._began_s + self._planned_s)
         while time.monotonic() < ends_s:
             self._tick()
         self._wait(f"end of the phase {phase}", done)
