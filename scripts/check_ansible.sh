@@ -5,6 +5,7 @@ bin=$(cd "$1" && pwd)
 cd "$(dirname "$0")/../ansible"
 # ansible-lint calls ansible by name.
 PATH=$bin:$PATH
-export PATH ANSIBLE_NOCOWS=1 ANSIBLE_LOCALHOST_WARNING=False
+# Ansible refuses to start where the locale is not UTF-8, as in a bare container.
+export PATH LC_ALL=C.UTF-8 ANSIBLE_NOCOWS=1 ANSIBLE_LOCALHOST_WARNING=False
 ansible-lint --offline --strict -q
 ansible-playbook -i inventory.example --syntax-check site.yml

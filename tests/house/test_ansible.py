@@ -38,7 +38,7 @@ def render(directory: Path, **variables: Any) -> Path:
         check=True,
         capture_output=True,
         cwd=directory,
-        env={**os.environ, "ANSIBLE_LOCAL_TEMP": str(directory), "ANSIBLE_HOME": str(directory)},
+        env={**os.environ, "LC_ALL": "C.UTF-8", "ANSIBLE_LOCAL_TEMP": str(directory), "ANSIBLE_HOME": str(directory)},
         timeout=60,
     )
     return target
