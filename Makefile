@@ -10,9 +10,8 @@ DEMO_ARGS  ?=
 TEST_ARGS  ?=
 # Tests of one file stay in one process. More than two processes want more memory than a small machine has.
 TEST_JOBS  ?= 2
-# Signs the reference bundle; devices trust its public half in edge_agent/keys for `decide` and `bench` only.
-REFERENCE_KEY ?= $(HOME)/.config/edge-agent/keys/developer.pem
-BENCH_ARGS ?=
+# Private half of edge_agent/keys/reference.pub.pem; without it the rebuilt bundle keeps the committed signature or has none.
+REFERENCE_KEY ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -54,8 +53,7 @@ bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this ma
 
 reference: $(STAMPS)/dev ## train the reference model and build its bundle from nothing (an hour on two cores)
 	$(BIN)/python -m export.reference --work build/reference --install
-	$(BIN)/edge-export build export/reference/checkpoint --target cpu-x86_64 --task export/reference/task \
-	  --sign-key $(REFERENCE_KEY) --out $(BUNDLE) --force
+	$(BIN)/python -m export.reference.bundle_build --measure $(if $(REFERENCE_KEY),--sign-key $(REFERENCE_KEY))
 
 # From a fresh copy of build/: setuptools would carry files over that no longer exist.
 wheel: $(STAMPS)/demo ## build dist/edge_agent-VERSION-py3-none-any.whl, what a gateway installs
