@@ -10,7 +10,7 @@ DEMO_ARGS  ?=
 TEST_ARGS  ?=
 # Tests of one file stay in one process. More than two processes want more memory than a small machine has.
 TEST_JOBS  ?= 2
-# Private half of edge_agent/keys/reference.pub.pem; without it the rebuilt bundle keeps the committed signature or has none.
+# Private half of edge_agent/keys/reference.pub.pem. Without it a changed bundle is signed with your own developer key.
 REFERENCE_KEY ?=
 
 .DEFAULT_GOAL := help
