@@ -17,3 +17,16 @@ def test_no_page_links_to_a_file_that_is_not_there() -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert not dead
+
+
+def test_every_symbol_that_the_architecture_names_exists() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    sources = [
+        p.read_text("utf-8") for package in ("edge_agent", "export", "deploy") for p in (ROOT / package).rglob("*.py")
+    ]
+    symbols = {part for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", text) for part in name.split(".")}
+    assert symbols
+    lost = [
+        s for s in symbols if not any(re.search(rf"(class|def) {s}\b|^{s}\b", code, re.MULTILINE) for code in sources)
+    ]
+    assert not lost
