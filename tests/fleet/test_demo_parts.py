@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 
 from deploy.demo.broker import start_broker
 from deploy.demo.children import Child
@@ -189,4 +191,69 @@ def test_plant_counts_what_the_broker_took_and_waits_at_its_backlog(kind: str, t
         plant.close()
         close_client(mouth)
         close_client(ears)
+        broker.child.stop()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto")),
+        pytest.param("amqtt", marks=pytest.mark.needs("module:amqtt")),
+    ],
+)
+def test_brokers_lose_nothing_that_was_under_way_when_the_link_was_cut(kind: str, tmp_path: Path) -> None:
+    """A client that takes its time to acknowledge is cut off in the middle: everything arrives, later, unretained."""
+    broker = start_broker("mosquitto" if kind == "mosquitto" else "amqtt", tmp_path)
+    link = Link("127.0.0.1", broker.port)
+    heard: list[tuple[str, bool]] = []
+    subscribed = threading.Event()
+    slow = threading.Event()
+
+    def listen(port: int) -> paho.Client:
+        client = paho.Client(CallbackAPIVersion.VERSION2, "ears", clean_session=False, reconnect_on_failure=False)
+        client.username_pw_set("ears", "x")
+        client.manual_ack_set(True)
+
+        def received(_client: paho.Client, _user: object, message: paho.MQTTMessage) -> None:
+            if slow.is_set():
+                return  # received, and never acknowledged
+            heard.append((message.payload.decode(), message.retain))
+            client.ack(message.mid, message.qos)
+
+        def connected(*_: object) -> None:
+            if not subscribed.is_set():
+                client.subscribe("events", 1)
+
+        client.on_message = received
+        client.on_subscribe = lambda *_: subscribed.set()
+        client.on_connect = connected
+        client.connect("127.0.0.1", port)
+        client.loop_start()
+        return client
+
+    ears = listen(link.port)
+    mouth = open_client("mouth", broker.port, broker.protocol)
+    try:
+        assert subscribed.wait(5)
+        expected = [f"event {n}" for n in range(60)]
+        published = [mouth.publish("events", text, qos=1) for text in expected[:20]]
+        until(lambda: len(heard) == 20)
+        slow.set()
+        published += [mouth.publish("events", text, qos=1) for text in expected[20:40]]
+        for info in published:
+            info.wait_for_publish(5)
+        link.cut()
+        published += [mouth.publish("events", text, qos=1) for text in expected[40:]]
+        for info in published:
+            info.wait_for_publish(5)
+        ears.loop_stop()
+        slow.clear()
+        link.restore()
+        ears = listen(link.port)
+        until(lambda: {text for text, _ in heard} == set(expected))
+        assert not any(retained for _, retained in heard)
+    finally:
+        close_client(mouth)
+        close_client(ears)
+        link.close()
         broker.child.stop()
