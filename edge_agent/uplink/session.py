@@ -90,10 +90,8 @@ class MqttUplink:
         self._knows_v5 = False
         self._v5_not_before = 0.0
         self._last_fault: str | None = None
-        self._threads = [
-            threading.Thread(target=self._run, name="uplink", daemon=True),
-            threading.Thread(target=self._run_intake, name="intake", daemon=True),
-        ]
+        self._intake_thread = threading.Thread(target=self._run_intake, name="intake", daemon=True)
+        self._threads = [threading.Thread(target=self._run, name="uplink", daemon=True), self._intake_thread]
 
     # ---- for the agent, from any thread
 
@@ -238,6 +236,8 @@ class MqttUplink:
                 self._wake.wait(wait_s)
 
     def _leave(self, connection: Connection) -> None:
+        # What the intake has just made durable is acknowledged before the connection goes.
+        self._intake_thread.join(1.0)
         self._drain.offer(self._topics.status, self._ports.status("draining"))
         self._flush(connection, self._stop_deadline)
         self._drain.offer(self._topics.status, self._ports.status("offline"))

@@ -71,8 +71,6 @@ def mosquitto(directory: Path, *lines: str, anonymous: bool = True) -> BrokerPro
                 "persistence true",
                 f"persistence_location {directory}/",
                 f"persistence_file mosquitto-{port}.db",
-                "autosave_interval 1",
-                "autosave_on_changes true",
                 "user root",
                 *lines,
             ]

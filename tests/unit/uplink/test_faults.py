@@ -55,12 +55,12 @@ def test_every_refusal_of_a_session_has_a_code(reason: int, code: str) -> None:
     assert faults.refused(reason, "why").code == code
 
 
-@pytest.mark.parametrize("reason", range(256))
-def test_every_puback_reason_has_a_verdict_and_every_bad_one_an_error(reason: int) -> None:
-    verdict = faults.judge(reason)
-    if reason < 0x80:
-        assert verdict is faults.Verdict.DELIVERED
-        return
-    error = faults.not_taken(reason, "a/b")
-    assert error.code.startswith("mqtt.")
-    assert isinstance(error, TransientError) == (verdict is faults.Verdict.RETRY)
+def test_every_puback_reason_has_a_verdict_and_every_bad_one_an_error() -> None:
+    for reason in range(256):
+        verdict = faults.judge(reason)
+        if reason < 0x80:
+            assert verdict is faults.Verdict.DELIVERED
+            continue
+        error = faults.not_taken(reason, "a/b")
+        assert error.code.startswith("mqtt.")
+        assert isinstance(error, TransientError) == (verdict is faults.Verdict.RETRY)
