@@ -1,8 +1,8 @@
 """Auxiliary heads: while training, the model also says what it understood before it answers.
 
 The severity follows from up to seven cues at once. With the answer alone as a teacher the model finds them slowly;
-small linear heads on the last prompt token, one a cue, show it where to look, and one on the deviation line teaches it
-to read digits. They are dropped with the training state and are no part of the checkpoint.
+small linear heads on the last prompt token, one a cue, show it where to look, and one on each line that holds a number
+teaches it to read digits. They are dropped with the training state and are no part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def deviation_class(percent: int) -> int:
 
 
 class CueHeads(nn.Module):
-    """Linear classifiers: one a cue on the last prompt token, one on the sign after the deviation.
+    """Linear classifiers: one a cue on the last prompt token, one at the end of each line that holds a number.
 
     Args:
         hidden: width of the model.
@@ -59,9 +59,10 @@ class CueHeads(nn.Module):
         self._norm = nn.LayerNorm(hidden)
         self._heads = nn.ModuleList(nn.Linear(hidden, classes) for classes in CUE_CLASSES)
         self._deviation = nn.Linear(hidden, DEVIATION_CLASSES)
+        self._count = nn.Linear(hidden, 2)
 
     def forward(self, inputs: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Cross entropy summed over the batch: the mean of all cues, and the deviation's.
+        """Cross entropy summed over the batch: the mean of all cues, and of each number.
 
         Args:
             inputs: what enters each layer, (rows, length, hidden).
@@ -78,8 +79,14 @@ class CueHeads(nn.Module):
             for index, head in enumerate(self._heads)
         ]
         loss = torch.stack(losses).sum() / len(losses)
-        shown = batch.deviation_at > 0
+        loss = loss + self._line_loss(self._deviation, inputs, batch.deviation_at, batch.deviation)
+        return loss + self._line_loss(self._count, inputs, batch.count_at, batch.count)
+
+    def _line_loss(
+        self, head: nn.Module, inputs: Sequence[torch.Tensor], at: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy at token ``at`` of the rows that have the line (``at`` > 0), summed over them."""
+        shown = at > 0
         # In the middle of the network: reading a number is local, and the layers above have to use it.
-        read = self._norm(inputs[len(inputs) // 2][rows[shown], batch.deviation_at[shown]].float())
-        logits = self._deviation(read).float()  # (rows with a deviation, classes)
-        return loss + nn.functional.cross_entropy(logits, batch.deviation[shown], reduction="sum")
+        read = self._norm(inputs[len(inputs) // 2][shown, at[shown]].float())  # (rows with the line, hidden)
+        return nn.functional.cross_entropy(head(read).float(), labels[shown], reduction="sum")

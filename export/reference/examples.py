@@ -11,10 +11,10 @@ from itertools import islice
 import torch
 from tokenizers import Tokenizer
 
-from edge_agent.contract.task import BoolField, Deviation, TaskSpec
+from edge_agent.contract.task import BoolField, TaskSpec
 from export.reference.cues import cue_labels, deviation_class
 from export.reference.generator import LabelledEvent, generate
-from export.reference.rules import Decision, Situation
+from export.reference.rules import REPEATS_THAT_RAISE, Decision
 from export.reference.tokenizer import EOS
 from export.reference.vocabulary import Split
 
@@ -37,6 +37,8 @@ class Example:
         cues: labels of the auxiliary heads.
         deviation_at: index of the last token of the deviation line, 0 without one.
         deviation: class of the deviation, 0 without one.
+        count_at: index of the last token of the repeats line, 0 without one.
+        count: 1 where the count raises the severity, else 0.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +47,8 @@ class Example:
     cues: tuple[int, ...]
     deviation_at: int
     deviation: int
+    count_at: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Batch:
         cues: (rows, cues) int64.
         deviation_at: (rows,) int64.
         deviation: (rows,) int64.
+        count_at: (rows,) int64.
+        count: (rows,) int64.
     """
 
     ids: torch.Tensor
@@ -66,6 +72,8 @@ class Batch:
     cues: torch.Tensor
     deviation_at: torch.Tensor
     deviation: torch.Tensor
+    count_at: torch.Tensor
+    count: torch.Tensor
 
     def part(self, index: int, parts: int) -> Batch:
         """Every ``parts``-th row from row ``index`` on."""
@@ -86,10 +94,11 @@ class Encoder:
         self._task = task
         self._prefix: list[int] = tokenizer.encode(task.prompt.prefix, add_special_tokens=False).ids
         self._eos = int(tokenizer.token_to_id(EOS))
-        # "over" opens the deviation line and is one token, as "\n" is.
-        self._line_end = int(tokenizer.token_to_id("Ċ"))
-        label = next(item.label for item in task.prompt.event if isinstance(item, Deviation))
-        self._deviation_label = int(tokenizer.encode(label, add_special_tokens=False).ids[0])
+        self._line_end = int(tokenizer.token_to_id("Ċ"))  # how byte-level BPE writes a line end
+        labels = {getattr(item, "field", "deviation"): item.label for item in task.prompt.event}
+        self._deviation_label, self._count_label = (
+            int(tokenizer.encode(labels[name], add_special_tokens=False).ids[0]) for name in ("deviation", "count")
+        )
         self._value_weights = {
             int(tokenizer.token_to_id(text)): HARD_FIELDS.get(field.name, 1.0)
             for field in task.output_fields
@@ -105,22 +114,31 @@ class Encoder:
         """Encode a shard at once, which is several times faster than one by one."""
         rendered = self._tokenizer.encode_batch([self._task.render(e.event) for e in events], add_special_tokens=False)
         answers = self._tokenizer.encode_batch([canonical_answer(e.decision) for e in events], add_special_tokens=False)
-        return [self._example(r.ids, a.ids, e.situation) for r, a, e in zip(rendered, answers, events, strict=True)]
+        return [self._example(r.ids, a.ids, e) for r, a, e in zip(rendered, answers, events, strict=True)]
 
-    def _example(self, event: list[int], answer: list[int], situation: Situation) -> Example:
+    def _example(self, event: list[int], answer: list[int], labelled: LabelledEvent) -> Example:
         # Quotes and keys are never value ids, so a table decides; "unknown" is a value of two fields of equal weight.
         answer_weights = [self._value_weights.get(token, FORCED_WEIGHT) for token in answer]
         ids = (*self._prefix, *event, *answer, self._eos)
         prompt_tokens = len(self._prefix) + len(event)
-        weights = (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT)
-        percent = situation.deviation_percent
-        if percent is None:
-            return Example(ids, weights, prompt_tokens, cue_labels(situation), 0, 0)
-        # Line ends are tokens of their own, so the label after one is at the start of a line.
+        percent, count = labelled.situation.deviation_percent, labelled.event.get("count")
+        return Example(
+            ids,
+            (*([0.0] * prompt_tokens), *answer_weights, FORCED_WEIGHT),
+            prompt_tokens,
+            cue_labels(labelled.situation),
+            deviation_at=0 if percent is None else self._line_end_of(event, self._deviation_label),
+            deviation=0 if percent is None else deviation_class(percent),
+            count_at=self._line_end_of(event, self._count_label) if isinstance(count, int) else 0,
+            count=int(isinstance(count, int) and count >= REPEATS_THAT_RAISE),
+        )
+
+    def _line_end_of(self, event: list[int], label: int) -> int:
+        """Index in the example of the last token before the line end of the line that ``label`` opens."""
+        # Line ends are tokens of their own, so the token after one is at the start of a line.
         starts = (0, *(i + 1 for i, token in enumerate(event) if token == self._line_end))
-        line = next(i for i in starts if event[i] == self._deviation_label)
-        at = len(self._prefix) + event.index(self._line_end, line) - 1
-        return Example(ids, weights, prompt_tokens, cue_labels(situation), at, deviation_class(percent))
+        line = next(i for i in starts if event[i] == label)
+        return len(self._prefix) + event.index(self._line_end, line) - 1
 
 
 def shard(encoder: Encoder, split: Split, seed: int) -> list[Example]:
@@ -151,4 +169,6 @@ def batches(examples: Sequence[Example], rng: random.Random, *, tokens: int, pad
             torch.tensor([example.cues for example in group]),
             torch.tensor([example.deviation_at for example in group]),
             torch.tensor([example.deviation for example in group]),
+            torch.tensor([example.count_at for example in group]),
+            torch.tensor([example.count for example in group]),
         )
