@@ -161,8 +161,9 @@ class ServingWorker:
             The answer, and the model that gave it (an exchange may come between two calls).
 
         Raises:
-            TransientError: ``worker.not_ready`` (no model yet, paused, or waiting out a backoff), ``worker.died``,
-                ``worker.stuck``; the event may be tried again.
+            TransientError: ``worker.not_ready`` (no model yet, paused, waiting out a backoff, or a start that failed:
+                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol``,
+                ``worker.out_of_memory``: it was lost over this event, which may be tried again.
             RefusedError: the event or task is at fault.
             PermanentError: the model is at fault (``worker.deadline``, ``worker.bad_logits``).
         """
@@ -180,8 +181,7 @@ class ServingWorker:
         """Restart a worker that died between two events, so that the next event does not pay for the load.
 
         Raises:
-            TransientError: ``worker.not_ready`` while nothing can be started yet.
-            EdgeError: the restart failed.
+            TransientError: ``worker.not_ready`` while nothing can be started yet, or the restart failed.
         """
         with self._lock:
             self._running_worker()
@@ -221,10 +221,11 @@ class ServingWorker:
         worker = self._factory(self._model.bundle, self._model.ref.digest)
         try:
             self.last_facts = worker.start()
-        except EdgeError:
+        except EdgeError as error:
             worker.stop()
             self._count_death()
-            raise
+            # Under its own code the fault would be taken for one of the event that happened to come next.
+            raise TransientError("worker.not_ready", f"the worker did not start: {error}", cause=error.code) from error
         self._worker = worker
         return worker, self._model
 

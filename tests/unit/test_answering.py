@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from edge_agent.answering import Answering, Step
+from edge_agent.answering import ASIDE_S, Answering, Step
 from edge_agent.contract.event import Event
 from edge_agent.contract.messages import now_ms
 from edge_agent.contract.topics import NodeTopics
-from edge_agent.errors import EdgeError, PermanentError, RefusedError, TransientError
+from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError, TransientError
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.serving import ServingWorker
 from edge_agent.settings import NodeSettings, SpoolSettings, WorkerSettings
+from edge_agent.uplink.records import OutboundMessage, Priority
 from edge_agent.uplink.spool import Spool
 from tests.fakes.bundles import bundle_of_task
 
@@ -36,19 +37,24 @@ ANSWER = Answer(
 class ScriptedWorker:
     """Answers, or fails as told; dies with every error of a lost worker."""
 
-    def __init__(self, fault: Callable[[], EdgeError | None]) -> None:
-        self._fault = fault
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
         self.alive = False
         self.pid = None
 
     def start(self) -> WorkerFacts:
+        if self._bench.start_fault is not None:
+            raise self._bench.start_fault
         self.alive = True
         return WorkerFacts(0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1)
 
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
-        fault = self._fault()
+        self._bench.asked += 1
+        fault = self._bench.fault
+        if fault is None and event.get("text") == "poison":
+            fault = self._bench.poison_fault
         if fault is not None:
-            self.alive = fault.code not in {"worker.died", "worker.stuck"}
+            self.alive = fault.code not in {"worker.died", "worker.stuck", "worker.protocol"}
             raise fault
         return ANSWER
 
@@ -56,27 +62,54 @@ class ScriptedWorker:
         self.alive = False
 
 
+class FillingSpool(Spool):
+    """A spool whose disk takes no decision while ``is_full``."""
+
+    is_full = False
+
+    def complete(self, inbox_id: int, messages: Sequence[OutboundMessage]) -> bool:
+        if self.is_full:
+            raise TransientError("disk.full", "no room")
+        return super().complete(inbox_id, messages)
+
+
 class Bench:
     """An `Answering` over a real spool, with a model that fails as ``fault`` says."""
 
     def __init__(self, directory: Path) -> None:
         self.fault: EdgeError | None = None
+        self.start_fault: EdgeError | None = None
+        self.poison_fault: EdgeError | None = None
+        self.asked = 0
+        self.now_s = 0.0
         self.unproven = False
-        self.spool = Spool(directory / "spool.sqlite", SpoolSettings())
+        self.spool = FillingSpool(directory / "spool.sqlite", SpoolSettings())
         self.serving = ServingWorker(
-            WorkerSettings(restart_backoff_max_s=0.001), lambda _bundle, _digest: ScriptedWorker(lambda: self.fault)
+            WorkerSettings(restart_backoff_max_s=0.001), lambda _bundle, _digest: ScriptedWorker(self)
         )
         bundle, digest = bundle_of_task(directory / "bundle")
         self.serving.exchange(bundle, digest)
         self._answering = Answering(
-            self.spool, self.serving, NodeSettings(), NodeTopics("s", "n"), lambda: self.unproven
+            self.spool,
+            self.serving,
+            NodeSettings(),
+            NodeTopics("s", "n"),
+            lambda: self.unproven,
+            clock=lambda: self.now_s,
         )
-        self.spool.accept("triage", "e-1", json.dumps({"text": "hot"}).encode(), "normal", now_ms())
+        self.take("e-1")
+
+    def take(self, event_id: str, text: str = "hot", priority: Priority = "normal") -> None:
+        self.spool.accept("triage", event_id, json.dumps({"text": text}).encode(), priority, now_ms())
 
     def step(self) -> Step:
-        while not self.serving.ready:
+        while self.serving.model is not None and not self.serving.ready:
             pass
+        self.now_s += ASIDE_S
         return self._answering.step()
+
+    def decided(self) -> list[str]:
+        return [json.loads(queued.message.payload)["event_id"] for queued in self.spool.pending(10)]
 
     def waiting(self) -> int:
         return self.spool.counts().inbox
@@ -119,6 +152,51 @@ def test_an_event_is_not_given_up_for_the_faults_of_a_candidate_on_probation(ben
     assert bench.serving.counts().errors == 4, "the updater must see them"
     bench.unproven, bench.fault = False, None
     assert bench.step() is Step.ANSWERED
+
+
+def test_a_candidate_that_cannot_answer_one_event_still_answers_the_others(bench: Bench) -> None:
+    bench.unproven, bench.poison_fault = True, PermanentError("worker.bad_logits", "NaN")
+    bench.take("e-0", "poison", "safety")
+    assert [bench.step(), bench.step()] == [Step.BLOCKED, Step.BLOCKED], "its turn comes again after a pause"
+    bench.now_s -= ASIDE_S
+    assert bench.step() is Step.ANSWERED
+    assert bench.decided() == ["e-1"]
+    bench.unproven, bench.poison_fault = False, None
+    bench.now_s -= ASIDE_S
+    assert bench.step() is Step.ANSWERED, "the verdict ends the pause"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        TransientError("worker.died", "killed while loading"),
+        PermanentError("worker.out_of_memory", "no memory to load the bundle"),
+        IntegrityError("bundle.file_corrupt", "a worn card"),
+    ],
+    ids=lambda fault: fault.code,
+)
+def test_a_worker_that_cannot_be_restarted_costs_no_event(bench: Bench, fault: EdgeError) -> None:
+    bench.fault = TransientError("worker.stuck", "killed")
+    assert bench.step() is Step.BLOCKED
+    bench.fault, bench.start_fault = None, fault
+    assert {bench.step() for _ in range(4)} == {Step.BLOCKED}
+    assert (bench.waiting(), bench.spool.dead_letters()) == (1, [])
+    bench.start_fault = None
+    assert bench.step() is Step.ANSWERED
+
+
+def test_a_worker_whose_every_answer_is_garbage_does_not_hold_up_the_inbox_for_ever(bench: Bench) -> None:
+    bench.fault = TransientError("worker.protocol", "garbage")
+    assert [bench.step(), bench.step()] == [Step.BLOCKED, Step.BURIED]
+
+
+def test_a_decision_that_the_disk_did_not_take_is_written_later_and_not_made_again(bench: Bench) -> None:
+    bench.spool.is_full = True
+    assert {bench.step() for _ in range(3)} == {Step.BLOCKED}
+    bench.serving.stop()
+    bench.spool.is_full = False
+    assert bench.step() is Step.ANSWERED, "no model is needed to write what was decided"
+    assert (bench.asked, bench.waiting(), bench.decided()) == (1, 0, ["e-1"])
 
 
 def test_an_event_that_is_itself_wrong_is_buried_also_on_probation(bench: Bench) -> None:
