@@ -70,7 +70,8 @@ def event_id(event: Event) -> str:
     """
     given = event.get("id")
     if isinstance(given, str | int) and not isinstance(given, bool) and str(given).strip():
-        return str(given)[:128]
+        # JSON may spell lone surrogates, which neither UTF-8 nor MQTT can carry.
+        return str(given)[:128].encode("utf-8", "replace").decode()
     canonical = json.dumps(event, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256-" + hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
