@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -48,27 +49,18 @@ class ModelExchange:
     def trial(self, bundle_dir: Path, digest: str) -> TrialResult:
         """Load the candidate in a side worker and run its golden examples.
 
-        Where memory cannot hold both models the serving worker makes room and events wait in the inbox: a measured
-        outage, logged with its length by the restart.
+        Where memory cannot hold both models the serving worker makes room, and events wait in the inbox.
         """
-        manifest, _ = read_manifest(bundle_dir)
-        makes_room = (
-            self._serving.model is not None and self._available_bytes() < manifest.resources.ram_bytes + _SPARE_BYTES
-        )
-        if makes_room:
-            _log.warning("no_memory_for_two_models", digest=digest[:12])
-            self._serving.pause()
-        worker = worker_on(bundle_dir, digest, self._settings)
-        try:
-            worker.start()
-            outcome = worker.run_golden()
-        except TransientError as error:
-            # A candidate whose worker dies or hangs on a golden example is not worth a retry: the examples are fixed.
-            return TrialResult(False, 0, 0, None, None, str(error))
-        finally:
-            worker.stop()
-            if makes_room:
-                self._serving.resume()
+        with self._room_for(bundle_dir, digest):
+            worker = worker_on(bundle_dir, digest, self._settings)
+            try:
+                worker.start()
+                outcome = worker.run_golden()
+            except TransientError as error:
+                # A candidate whose worker dies or hangs on a golden example is not worth a retry: they are fixed.
+                return TrialResult(False, 0, 0, None, None, str(error))
+            finally:
+                worker.stop()
         wrong = len(outcome.wrong)
         first = f"; first: example {outcome.wrong[0].index} of {outcome.wrong[0].task}" if wrong else ""
         return TrialResult(
@@ -83,15 +75,33 @@ class ModelExchange:
     def swap(self, bundle_dir: Path, digest: str) -> None:
         """Serve ``bundle_dir`` from the next event on; a no-op where it is served already.
 
+        Where memory cannot hold both models the old one ends first, and comes back when the new one does not start.
+
         Raises:
             EdgeError: the new worker did not start; the old one keeps serving.
         """
         model = self._serving.model
         if model is not None and model.ref.digest == digest and model.bundle == bundle_dir:
             return
-        self._serving.exchange(bundle_dir, digest)
+        with self._room_for(bundle_dir, digest):
+            self._serving.exchange(bundle_dir, digest)
         _log.info("model_in_service", bundle=str(bundle_dir), digest=digest[:12])
         self._announce()
+
+    @contextlib.contextmanager
+    def _room_for(self, bundle_dir: Path, digest: str) -> Iterator[None]:
+        """Pause the serving worker where memory cannot hold a second model beside it."""
+        manifest, _ = read_manifest(bundle_dir)
+        is_tight = self._available_bytes() < manifest.resources.ram_bytes + _SPARE_BYTES
+        if self._serving.model is None or not is_tight:
+            yield
+            return
+        _log.warning("no_memory_for_two_models", digest=digest[:12])
+        self._serving.pause()
+        try:
+            yield
+        finally:
+            self._serving.resume()
 
     def withdraw(self) -> None:
         """Stop serving: the only bundle ever installed turned out bad."""

@@ -1,0 +1,106 @@
+"""The exchange of models on a machine that cannot hold two. Fake workers, real bundles on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge_agent.contract.event import Event
+from edge_agent.errors import EdgeError, PermanentError
+from edge_agent.runtime.answer import Answer, WorkerFacts
+from edge_agent.runtime.serving import ServingWorker
+from edge_agent.settings import WorkerSettings
+from edge_agent.updating import ModelExchange
+from tests.fakes.bundles import TASK_YAML, bundle_of_task
+
+ROOMY, TIGHT = 1 << 40, 0
+
+
+class Machine:
+    """Counts the workers that are loaded at once."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.most = 0
+        self.fault: EdgeError | None = None
+
+    def worker(self, _bundle: Path, _digest: str) -> LoadedWorker:
+        return LoadedWorker(self)
+
+
+class LoadedWorker:
+    """A worker that only takes up room."""
+
+    pid = None
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.alive = False
+
+    def start(self) -> WorkerFacts:
+        if self._machine.fault is not None:
+            raise self._machine.fault
+        self.alive = True
+        self._machine.loaded += 1
+        self._machine.most = max(self._machine.most, self._machine.loaded)
+        return WorkerFacts(0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1)
+
+    def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+        raise PermanentError("worker.inference", "not asked here")
+
+    def stop(self) -> None:
+        self._machine.loaded -= self.alive
+        self.alive = False
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@pytest.fixture
+def serving(machine: Machine, tmp_path: Path) -> ServingWorker:
+    serving = ServingWorker(WorkerSettings(), machine.worker)
+    serving.exchange(*bundle_of_task(tmp_path / "old"))
+    return serving
+
+
+def exchange_with(serving: ServingWorker, available: Callable[[], int]) -> ModelExchange:
+    return ModelExchange(serving, WorkerSettings(), lambda _reported: None, lambda: None, available)
+
+
+def candidate(tmp_path: Path) -> tuple[Path, str]:
+    return bundle_of_task(tmp_path / "new", TASK_YAML.replace("Triage", "Newer"))
+
+
+def test_without_memory_for_two_models_the_swap_loads_one_after_the_other(
+    machine: Machine, serving: ServingWorker, tmp_path: Path
+) -> None:
+    bundle, digest = candidate(tmp_path)
+    exchange_with(serving, lambda: TIGHT).swap(bundle, digest)
+    assert (machine.most, machine.loaded) == (1, 1)
+    assert serving.ready
+    assert serving.model is not None
+    assert serving.model.ref.digest == digest
+
+
+def test_with_memory_for_two_models_the_old_one_answers_until_the_new_one_is_loaded(
+    machine: Machine, serving: ServingWorker, tmp_path: Path
+) -> None:
+    exchange_with(serving, lambda: ROOMY).swap(*candidate(tmp_path))
+    assert (machine.most, machine.loaded) == (2, 1)
+
+
+def test_the_old_model_comes_back_when_it_made_room_for_one_that_does_not_start(
+    machine: Machine, serving: ServingWorker, tmp_path: Path
+) -> None:
+    old = serving.model
+    machine.fault = PermanentError("worker.out_of_memory", "too big")
+    with pytest.raises(PermanentError):
+        exchange_with(serving, lambda: TIGHT).swap(*candidate(tmp_path))
+    machine.fault = None
+    assert serving.ready
+    serving.keep_alive()
+    assert (machine.loaded, serving.model) == (1, old)
