@@ -329,7 +329,12 @@ def _remove(directory: Path, *, keep: bool) -> None:
 
 
 def _show_logs(directory: Path) -> None:
-    for log in sorted(directory.glob("*.log")):
+    logs = sorted(directory.glob("*.log"))
+    if not logs:
+        # Nothing was started, so there is nothing to look at.
+        _remove(directory, keep=False)
+        return
+    for log in logs:
         lines = log.read_text("utf-8", "replace").splitlines()[-15:]
         sys.stderr.write(f"--- {log}\n" + "".join(f"{line}\n" for line in lines))
     sys.stderr.write(f"Everything is kept in {directory}\n")

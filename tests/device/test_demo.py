@@ -95,6 +95,7 @@ def test_demo_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
     assert json.loads(found_at.read_text())["error"]["code"] == "bundle.missing"
     assert "bundle.missing" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not Path(done.stdout.split("working directory ")[1].split(",")[0]).exists()
 
 
 def processes_of(directory: str) -> list[str]:
