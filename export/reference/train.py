@@ -70,7 +70,7 @@ class Training:
         threads: row groups computed at the same time, one thread each.
     """
 
-    minutes: float = 62.0
+    minutes: float = 60.0
     steps: int | None = None
     tokens: int = 2304
     peak_rate: float = 1.5e-3
