@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from edge_agent.contract.event import Event, event_id, parse_event
+from edge_agent.contract.event import Event, check_event, event_id, parse_event, printable
 from edge_agent.errors import EdgeError, RefusedError, from_os_error
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def decide(options: argparse.Namespace) -> int:
         print(json.dumps(_decide_one(engine, task, options.event, options.deadline_s), ensure_ascii=False))
         return 0
     failed = 0
-    for line in _lines(sys.stdin.buffer):
+    # A caller may close stdin; then there is no event.
+    for line in _lines(sys.stdin.buffer) if sys.stdin is not None else ():
         try:
             answer = _decide_one(engine, task, line, options.deadline_s)
         except EdgeError as error:
@@ -53,7 +54,11 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
             lines = options.events.read_bytes().splitlines()
         except OSError as error:
             raise from_os_error(error, f"reading {options.events}") from error
-        events = [_event_of_line(line) for line in lines if line.strip()]
+        events = [
+            _event_of_line(line, f"line {n} of {options.events.name}")
+            for n, line in enumerate(lines, 1)
+            if line.strip()
+        ]
     else:
         events = [dict(example.event) for example in engine.golden(task)]
     if not events:
@@ -68,9 +73,15 @@ def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
 
     settings = load_settings(options.config, rest)
     path = settings.state_dir / "spool.sqlite"
-    if not path.exists():
-        raise RefusedError("deadletter.no_spool", f"no spool at {path}: has the agent run with this state_dir?")
-    spool = Spool(path, settings.spool)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RefusedError(
+            "deadletter.no_spool", f"no spool at {path}: has the agent run with this state_dir?"
+        ) from error
+    except OSError as error:
+        raise from_os_error(error, f"opening {path}") from error
+    spool = Spool(path, settings.spool, is_owner=False)
     try:
         if options.action == "retry":
             if options.id is None:
@@ -87,7 +98,9 @@ def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
             print(json.dumps({**row, "detail": letter.detail, "received_ms": letter.received_ms, "payload": content}))
         else:
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.received_ms / 1000))
-            print(f"{letter.dead_letter_id:>6}  {when}  {letter.code:<22}  {letter.task or '-':<12}  {letter.detail}")
+            # Task and detail are the sender's words.
+            task, detail = printable(letter.task or "-"), printable(letter.detail)
+            print(f"{letter.dead_letter_id:>6}  {when}  {letter.code:<22}  {task:<12}  {detail}")
     if not letters and not options.json:
         print("no dead letters")
     return 0
@@ -118,10 +131,15 @@ def _decide_one(engine: Engine, task: str, raw: bytes | str, deadline_s: float |
     return decision_of(answer, task, event_id(event), engine.model_ref).model_dump(mode="json")
 
 
-def _event_of_line(line: bytes) -> Event:
+def _event_of_line(line: bytes, where: str) -> Event:
     """An event, or the event of a labelled row ``{"event": …, "decision": …}``."""
-    parsed = json.loads(line)
-    return parse_event(json.dumps(parsed.get("event", parsed)) if isinstance(parsed, dict) else line)
+    try:
+        parsed = json.loads(line)
+        return check_event(parsed.get("event", parsed) if isinstance(parsed, dict) else parsed)
+    except RefusedError as error:
+        raise RefusedError(error.code, f"{where}: {error.detail}") from error
+    except (ValueError, RecursionError) as error:
+        raise RefusedError("event.not_json", f"{where}: not valid JSON: {error}") from error
 
 
 def _lines(stream: Any) -> Iterator[bytes]:

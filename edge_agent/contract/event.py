@@ -89,6 +89,11 @@ def clean_text(value: str, max_chars: int) -> str:
     return " ".join(visible.split())[:max_chars].strip()
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, with a mark in place of every control character: a terminal would obey those."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 

@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from edge_agent.contract.event import printable
 from edge_agent.contract.messages import Decision
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.uplink.records import OutboundMessage
@@ -77,4 +78,4 @@ def render(message: OutboundMessage, class_seq: int, *, is_v5: bool) -> WireMess
 
 def _printable(value: str) -> str:
     # CloudEvents 1.0.2 section 3.1 (String) forbids control characters, MQTT forbids them in UTF-8 strings.
-    return "".join(c if c.isprintable() else "\ufffd" for c in as_text(value)) or "-"
+    return printable(as_text(value)) or "-"

@@ -62,6 +62,7 @@ class Spool:
         path: the SQLite file; created when missing, moved aside when corrupt.
         settings: bounds.
         deadletter_topic: where buried events are announced (QoS 1); None announces only what ``bury`` is given.
+        is_owner: False for a visitor beside the daemon, who leaves a corrupt file where it is.
 
     Attributes:
         inbox_changed: set whenever an event was accepted; whoever waits on it clears it before looking.
@@ -70,12 +71,15 @@ class Spool:
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
         PermanentError: ``spool.newer_schema``, ``spool.unusable`` or a ``disk.*`` code.
+        IntegrityError: ``spool.corrupt``, for a visitor only.
     """
 
-    def __init__(self, path: Path, settings: SpoolSettings, *, deadletter_topic: str | None = None) -> None:
+    def __init__(
+        self, path: Path, settings: SpoolSettings, *, deadletter_topic: str | None = None, is_owner: bool = True
+    ) -> None:
         self._settings = settings
         self._deadletter_topic = deadletter_topic
-        self._store = SpoolStore(path)
+        self._store = SpoolStore(path, is_owner=is_owner)
         self.inbox_changed = threading.Event()
         self.outbox_changed = threading.Event()
         self._leased: set[int] = set()

@@ -74,14 +74,17 @@ class SpoolStore:
     Args:
         path: the file; its directory must exist.
         busy_timeout_s: how long to wait for another process that writes.
+        is_owner: whether a corrupt file may be moved aside.
 
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
         PermanentError: ``spool.newer_schema``, ``spool.unusable`` or a ``disk.*`` code.
+        IntegrityError: ``spool.corrupt``, for one that may not move it aside.
     """
 
-    def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
+    def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S, is_owner: bool = True) -> None:
         self.path = path
+        self._is_owner = is_owner
         self._busy_timeout_s = busy_timeout_s
         self._lock = threading.RLock()
         self._depth = 0
@@ -93,6 +96,8 @@ class SpoolStore:
             try:
                 return self._connect()
             except IntegrityError as error:
+                if not self._is_owner:  # the daemon may be writing to it at this moment
+                    raise
                 moved = self._move_aside()
                 _log.error("spool_corrupt", code="spool.corrupt", detail=error.detail, moved_to=str(moved))
                 connection = self._connect()
