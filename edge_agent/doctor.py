@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edge_agent.contract.dsse import load_public_key
+from edge_agent.contract.event import printable
 from edge_agent.contract.manifest import verify_files
 from edge_agent.contract.topics import NodeTopics
-from edge_agent.errors import EdgeError, IntegrityError, PermanentError, TransientError
+from edge_agent.errors import EdgeError, IntegrityError, PermanentError, TransientError, from_os_error
 from edge_agent.health.doctor import (
     Check,
     check_certificates,
@@ -44,7 +45,7 @@ def doctor(config: Path | None, arguments: Sequence[str], *, as_json: bool) -> i
     else:
         for check in checks:
             mark = "ok  " if check.ok else "FAIL"
-            print(f"{mark}  {check.name:<18} {check.detail}{f'  [{check.code}]' if check.code else ''}")
+            print(f"{mark}  {check.name:<18} {printable(check.detail)}{f'  [{check.code}]' if check.code else ''}")
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -84,9 +85,13 @@ def _trust(settings: Settings) -> str:
 
 def _bundle_checks(settings: Settings) -> list[Check]:
     try:
-        active = Slots(settings.state_dir).active()
+        # The doctor changes nothing: `Slots` would make the directory, which is the daemon's and not the caller's.
+        active = Slots(settings.state_dir).active() if (settings.state_dir / "slots").is_dir() else None
     except EdgeError as error:
         return [Check("bundle", ok=False, detail=error.detail, code=error.code)]
+    except OSError as error:
+        mapped = from_os_error(error, "looking for a bundle")
+        return [Check("bundle", ok=False, detail=mapped.detail, code=mapped.code)]
     if active is None:
         detail = "none installed yet: events wait until a signed desired state names a release"
         return [Check("bundle", ok=False, detail=detail, code="bundle.missing")]
