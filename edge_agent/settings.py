@@ -59,9 +59,11 @@ class NodeSettings(_Section):
     @classmethod
     def _is_template(cls, value: str) -> str:
         try:
-            decision_topic(value, dict.fromkeys(DECISION_LEVELS, "x"))
+            topic = decision_topic(value, dict.fromkeys(DECISION_LEVELS, "x"))
         except PermanentError as error:
             raise ValueError(error.detail) from error
+        if not topic or topic.startswith("$") or any(c in "+#" or not c.isprintable() for c in topic):
+            raise ValueError("not a topic to publish on: empty, with a wildcard or control character, or the broker's")
         return value
 
     def decision_topic_for(self, task: str) -> str:
@@ -242,9 +244,9 @@ def _with_sources(from_file: dict[str, Any], cli: CliSettingsSource[Any]) -> Set
 
 def _read_toml(config: Path | None) -> dict[str, Any]:
     path = config or DEFAULT_CONFIG
-    if config is None and not path.exists():
-        return {}
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        if config is None and isinstance(error, FileNotFoundError):
+            return {}
         raise PermanentError("settings.unreadable", f"cannot read {path}: {error}", path=str(path)) from error

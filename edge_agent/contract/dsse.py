@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -110,7 +110,7 @@ def load_private_key(pem: bytes) -> Ed25519PrivateKey:
     """
     try:
         key = load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise PermanentError("key.invalid", "not an unencrypted PKCS#8 PEM private key") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise PermanentError("key.invalid", "not an Ed25519 key")
@@ -125,7 +125,7 @@ def load_public_key(pem: bytes) -> Ed25519PublicKey:
     """
     try:
         key = load_pem_public_key(pem)
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise PermanentError("key.invalid", "not a PEM public key") from error
     if not isinstance(key, Ed25519PublicKey):
         raise PermanentError("key.invalid", "not an Ed25519 key")

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from edge_agent.errors import IntegrityError, PermanentError, RefusedError
+from edge_agent.errors import IntegrityError, PermanentError, RefusedError, from_os_error
 from edge_agent.fs import sha256_file
 
 MANIFEST_NAME = "manifest.json"
@@ -169,9 +169,12 @@ def verify_files(bundle: Path, manifest: Manifest) -> None:
     """
     for entry in manifest.files:
         path = bundle / entry.path
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            raise from_os_error(error, f"reading {entry.path}") from error
+        if size is None:
             raise IntegrityError("bundle.file_missing", f"{entry.path} is missing", path=entry.path)
-        size = path.stat().st_size
         if size != entry.size:
             raise IntegrityError(
                 "bundle.file_truncated", f"{entry.path} has {size} bytes, not {entry.size}", path=entry.path

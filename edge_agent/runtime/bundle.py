@@ -95,7 +95,10 @@ def open_installed_bundle(path: Path, expected_digest: str) -> VerifiedBundle:
 
 def default_trust_places() -> tuple[Path, ...]:
     """Where publishers' keys are always looked for: in the package, then in the user's directory."""
-    return (PACKAGED_KEYS, Path.home() / ".config" / "edge-agent" / "trusted")
+    try:
+        return (PACKAGED_KEYS, Path.home() / ".config" / "edge-agent" / "trusted")
+    except RuntimeError:  # a user id without a home
+        return (PACKAGED_KEYS,)
 
 
 def load_trusted_keys(given: Iterable[Path] = (), *, places: Iterable[Path] | None = None) -> list[Ed25519PublicKey]:
