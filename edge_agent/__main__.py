@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from edge_agent.errors import EdgeError
+from edge_agent.contract.event import printable
+from edge_agent.errors import EdgeError, from_os_error
 
 # Set before anything could import onnxruntime, in this process or in a child: its wheels report usage by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+_MAX_ROW = 2**63 - 1  # SQLite's integers end here
 _EPILOG = """examples:
   edge-agent decide --bundle export/reference/bundle '{"machine":"press-4","code":"E217","text":"oil pressure low"}'
   edge-agent decide --bundle export/reference/bundle - < events.jsonl
@@ -36,16 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and options.command not in {"run", "doctor", "dead-letters"}:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return _COMMANDS[options.command](options, rest)
+        status = _COMMANDS[options.command](options, rest)
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except EdgeError as error:
-        print(f"edge-agent: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader (head, a closed terminal) went away; the interpreter must not flush into it again.
+    except OSError as error:
+        # Every command maps its own faults: what is left is the output. The interpreter must not flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        # A reader that went away (head, a closed terminal) has seen enough.
+        return 1 if isinstance(error, BrokenPipeError) else _failed(from_os_error(error, "writing the output"))
+    return status
+
+
+def _failed(error: EdgeError) -> int:
+    print(f"edge-agent: {printable(str(error))}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,21 +91,41 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (decide, bench):
         sub.add_argument("--bundle", type=Path, required=True, help="bundle directory")
         sub.add_argument("--task", help="task name (default: the bundle's only task)")
-        sub.add_argument("--threads", type=int, default=0, help="inference threads (default: half the cores, 1 to 4)")
+        sub.add_argument(
+            "--threads", type=_whole(0, 256), default=0, help="inference threads (default: half the cores, 1 to 4)"
+        )
         sub.add_argument(
             "--trusted-key", type=Path, action="append", default=[], help="PEM of a bundle signer; repeatable"
         )
     decide.add_argument("event", nargs="?", default="-", help="one JSON event, or - for JSON lines on stdin")
-    decide.add_argument("--deadline-s", type=float, help="override the task's deadline")
+    decide.add_argument("--deadline-s", type=_seconds, help="override the task's deadline")
     bench.add_argument("--events", type=Path, help="JSON lines of events (default: the task's golden examples)")
     bench.add_argument("--json", type=Path, help="also write the figures to this file")
-    bench.add_argument("--seconds", type=float, default=10.0, help="time budget of the measured part")
+    bench.add_argument("--seconds", type=_seconds, default=10.0, help="time budget of the measured part")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     dead.add_argument("action", choices=("list", "retry"))
-    dead.add_argument("id", nargs="?", type=int, help="retry: the dead letter's id")
-    dead.add_argument("--limit", type=int, default=50)
+    dead.add_argument("id", nargs="?", type=_whole(1, _MAX_ROW), help="retry: the dead letter's id")
+    dead.add_argument("--limit", type=_whole(1, _MAX_ROW), default=50, help="list: how many, the newest first")
     dead.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     return parser
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        number = int(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return number
+
+    read.__name__ = "whole number"  # argparse shows it: "invalid whole number value"
+    return read
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds above 0")
+    return number
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -117,7 +148,10 @@ def _bench(options: argparse.Namespace, _rest: list[str]) -> int:
     text = json.dumps(figures, indent=2)
     print(text)
     if options.json:
-        options.json.write_text(text + "\n")
+        try:
+            options.json.write_text(text + "\n")
+        except OSError as error:
+            raise from_os_error(error, f"writing {options.json}") from error
     return 0
 
 
