@@ -22,7 +22,7 @@ from edge_agent.accepting import Accepting
 from edge_agent.answering import Answering, Step
 from edge_agent.contract.messages import InferenceTelemetry, Meta, Reported, Status, now_ms
 from edge_agent.contract.topics import NodeTopics
-from edge_agent.errors import EdgeError, PermanentError, from_os_error
+from edge_agent.errors import EdgeError, IntegrityError, PermanentError, from_os_error
 from edge_agent.health.hardware import hardware_facts, hardware_telemetry
 from edge_agent.health.notify import Notifier
 from edge_agent.log import configure, get_logger
@@ -37,6 +37,8 @@ _log = get_logger(__name__)
 IDLE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.1
 MODEL_ALARM = "model"
+# Beside the worker's start and the deadline: ending the worker before, writing the decision after.
+_TURN_SPARE_S = 5.0
 # Until the swap back is done, a candidate that failed its probation still answers.
 UNPROVEN = frozenset({"probation", "rolling_back"})
 VERSION = metadata.version("edge-agent")
@@ -87,6 +89,7 @@ class Agent:
             # The last good model answers before anything else is tried: no network is needed for it.
             self._updater.resume()
             self._serve_active()
+            self._allow_time()
             self._uplink.start()
             updating.start()
             self._notifier.ready(self._headline())
@@ -94,11 +97,13 @@ class Agent:
             while not stop.is_set():
                 self._turn(stop)
         finally:
+            _log.info("stopping")
             stop.set()
             self._draining = True
             self._notifier.stopping()
             self._uplink.stop()
-            updating.join(timeout=10.0)
+            if updating.ident is not None:
+                updating.join(timeout=10.0)
             self._serving.stop()
             self._spool.close()
             _log.info("stopped")
@@ -125,18 +130,31 @@ class Agent:
             except EdgeError as error:
                 _log.error("worker_not_restarted", error=error)
 
+    def _allow_time(self) -> None:
+        """The longest turn restarts the worker and then waits for an answer until its deadline."""
+        model = self._serving.model
+        deadline_s = max((task.deadline_ms / 1000 for task in model.tasks.values()), default=0.0) if model else 0.0
+        self._notifier.allow(self._settings.worker.start_timeout_s + deadline_s + _TURN_SPARE_S)
+
     def _serve_active(self) -> None:
         """Start the worker on the active slot, else on the one before it.
 
         A fault raises an alarm; the daemon lives on, so that an order can mend it.
         """
-        for slot_of in (self._updater.slots.active, self._updater.slots.previous):
+        slots, is_damaged = self._updater.slots, False
+        for slot_of in (slots.active, slots.previous):
             try:
                 bundle = slot_of()
-                if bundle is not None:
-                    self._serving.exchange(bundle.path, bundle.digest)
-                    return
+                if bundle is None:
+                    continue
+                self._notifier.extend_timeout(self._settings.worker.start_timeout_s + _TURN_SPARE_S)
+                self._serving.exchange(bundle.path, bundle.digest)
+                if is_damaged:
+                    # An update must go into the damaged slot, and not into the one that answers.
+                    self._updater.disown_active()
+                return
             except EdgeError as error:
+                is_damaged = isinstance(error, IntegrityError)
                 _log.error("bundle_not_served", error=error)
                 self._alarmed = True
                 alarm = json.dumps(error.as_dict(), default=str).encode()
@@ -188,6 +206,7 @@ class Agent:
         if self._alarmed and self._serving.model is not None:
             self._uplink.publish_retained(self._topics.alarm(MODEL_ALARM), b"")
             self._alarmed = False
+        self._allow_time()
         self._uplink.publish_retained(self._topics.meta, self._meta().model_dump_json().encode())
 
     def _publish_telemetry(self) -> None:
@@ -228,10 +247,11 @@ def run_daemon(settings: Settings) -> int:
         EdgeError: the daemon could not start.
     """
     configure(settings.log)
+    os.umask(0o027)  # events and decisions are not for everyone on the machine
     stop = threading.Event()
 
-    def ask_to_stop(number: int, _frame: FrameType | None) -> None:
-        _log.info("stopping", signal=signal.Signals(number).name)
+    def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+        # Nothing is logged here: the main thread may be inside the logger, whose lock it would wait for ever for.
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -60,6 +60,19 @@ class Notifier:
         self._fed_at = now
         return self._send({"WATCHDOG": "1"})
 
+    def allow(self, turn_s: float) -> bool:
+        """Widen the watchdog where one turn of the loop may rightly last longer than it allows; never narrow it.
+
+        Args:
+            turn_s: the longest turn, between two calls of `progress`.
+        """
+        # The last message may be a quarter of the interval old when the turn begins.
+        wanted_s = turn_s / 0.75
+        if self._watchdog_s is None or wanted_s <= self._watchdog_s:
+            return False
+        self._watchdog_s = wanted_s
+        return self._send({"WATCHDOG_USEC": str(round(wanted_s * 1e6))})
+
     def extend_timeout(self, seconds: float) -> bool:
         """Ask for more time to start or to stop."""
         return self._send({"EXTEND_TIMEOUT_USEC": str(round(seconds * 1e6))})

@@ -142,7 +142,7 @@ def admit(order: DesiredState, facts: Facts) -> Verdict:
         if record.digest_seen not in (order.digest, None):
             detail = f"revision {order.rev} was used for another digest before"
             return _not_ours(RefusedError("update.stale_rev", detail, rev=order.rev, rev_seen=record.rev_seen))
-        if _is_settled(order, record):
+        if _is_settled(order, facts):
             return REPEATED
     try:
         _check_content(order, facts)
@@ -169,17 +169,21 @@ def _check_content(order: DesiredState, facts: Facts) -> None:
         raise RefusedError("update.downgrade", f"{release.name} {release.version} is older than {floor}")
 
 
-def _is_settled(order: DesiredState, record: Record) -> bool:
-    """Whether the same revision needs no work: under way, reached, or failed by the model's own fault.
+def _is_settled(order: DesiredState, facts: Facts) -> bool:
+    """Whether the same revision needs no work: under way, reached (and not lost since), or failed by the model's own
+    fault.
 
     A retained order comes again with every reconnect. One that failed for the registry's or the network's sake is
     tried again then; nothing would ever bring it back otherwise.
     """
+    record = facts.record
     requests = [r for r in (record.request, record.waiting) if r is not None and r.rev == order.rev]
     if not requests:
         return False
-    if record.phase in RULES or record.phase == "committed":
+    if record.phase in RULES:
         return True
+    if record.phase == "committed":
+        return facts.active_digest == order.digest
     return order.digest in record.bad and record.bad[order.digest] == order.rev
 
 

@@ -10,7 +10,7 @@ Rules:
  * Nothing writes the active slot: `install` takes the other one, and there is no way to name a slot to it.
  * A slot is marked bad before the first byte in it changes, and good only when its bundle is committed.
  * A directory appears under its slot's name only when it is complete and durable.
- * The pointer moves only to a slot that is marked good.
+ * The pointer moves only to a slot that is marked good: by a commit, or back when what it names is damaged.
 """
 
 from __future__ import annotations
@@ -175,6 +175,29 @@ class Slots:
         pointer = _Pointer(slot=bundle.slot, digest=bundle.digest, rev=rev)
         if pointer != self._pointer_file():
             write_atomic(self._dir / _POINTER, pointer.model_dump_json().encode())
+
+    def disown(self) -> None:
+        """Give up the active bundle, which is damaged: the one before it becomes active again, or none.
+
+        So the next install goes into the damaged slot, and an order for the same release is work again.
+
+        Raises:
+            EdgeError: as mapped by `from_os_error`.
+        """
+        pointer, previous = self._pointer(), self.previous()
+        if pointer is None:
+            return
+        if previous is not None:
+            self.activate(previous, rev=pointer.rev)
+            self.mark_bad(pointer.slot)
+            return
+        # Bad first: where the pointer is lost, the marks decide.
+        self._set_mark(pointer.slot, _SlotMark(mark="bad", digest=pointer.digest))
+        try:
+            (self._dir / _POINTER).unlink(missing_ok=True)
+            fsync_dir(self._dir)
+        except OSError as error:
+            raise from_os_error(error, "giving up the active slot") from error
 
     def mark_bad(self, slot: SlotName) -> None:
         """Say that a slot's bundle must not be gone back to.

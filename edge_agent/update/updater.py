@@ -100,6 +100,15 @@ class Updater:
             self._queue_work()
         self._publish()
 
+    def disown_active(self) -> None:
+        """Give up the active bundle, which turned out damaged (see `Slots.disown`). Call it before `run`.
+
+        Raises:
+            EdgeError: as mapped by `from_os_error`.
+        """
+        self.slots.disown()
+        self._publish()
+
     def on_desired(self, envelope: bytes) -> None:
         """Take a desired envelope. It is verified on the updater's thread."""
         if not envelope:

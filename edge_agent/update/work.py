@@ -7,10 +7,11 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from edge_agent.contract.manifest import Manifest, parse_manifest
+from edge_agent.contract.manifest import Manifest, parse_manifest, verify_files
 from edge_agent.contract.messages import DesiredState
 from edge_agent.errors import IntegrityError, PermanentError, RefusedError, from_os_error
 from edge_agent.fs import require_space
+from edge_agent.log import get_logger
 from edge_agent.settings import UpdateSettings
 from edge_agent.update.admission import parse_release
 from edge_agent.update.blobs import BlobStore
@@ -24,6 +25,7 @@ from edge_agent.update.trust_process import Request, find_release_in_child
 from edge_agent.update.verdict import check_trial, judge_probation
 
 PROBATION_POLL_S = 1.0
+_log = get_logger(__name__)
 FindRelease = Callable[[Request, Callable[[], None]], TrustedRelease]
 
 
@@ -65,12 +67,20 @@ class Work:
         return trusted_now(self._state_dir, self._clock.now())
 
     def is_active(self, order: DesiredState) -> bool:
-        """Whether the ordered bundle is the active one already."""
+        """Whether the ordered bundle is the active one already, and whole.
+
+        A damaged one is given up: installing the same release again is the cure.
+        """
         try:
             active = self._slots.active()
-        except IntegrityError:
-            return False  # a damaged active slot: installing the same release again is the cure
-        return active is not None and active.digest == order.digest
+            if active is None or active.digest != order.digest:
+                return False
+            verify_files(active.path, active.manifest)
+        except IntegrityError as error:
+            _log.error("active_bundle_damaged", error=error)
+            self._slots.disown()
+            return False
+        return True
 
     def download(self, order: DesiredState, checkpoint: Checkpoint) -> None:
         """Metadata, manifest, space, blobs, in this order: nothing is fetched that was not vouched for.

@@ -108,7 +108,13 @@ def test_one_revision_cannot_name_two_digests() -> None:
 @pytest.mark.parametrize("phase", ["downloading", "trial", "probation", "committing", "rolling_back", "committed"])
 def test_the_same_revision_under_way_or_reached_is_a_repetition(phase: Any) -> None:
     record = Record(phase=phase, request=order(), rev_seen=5, digest_seen=DIGEST)
-    assert judge(order(), record) == Verdict(accepted=False, authentic=False)
+    assert judge(order(), record, active_digest=DIGEST) == Verdict(accepted=False, authentic=False)
+
+
+@pytest.mark.parametrize("active", [OTHER, None])
+def test_the_same_revision_is_work_again_where_what_it_committed_was_lost(active: str | None) -> None:
+    record = Record(phase="committed", request=order(), rev_seen=5, digest_seen=DIGEST)
+    assert judge(order(), record, active_digest=active).accepted
 
 
 def test_the_same_revision_is_tried_again_where_only_the_registry_had_failed() -> None:

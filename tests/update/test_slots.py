@@ -215,3 +215,23 @@ def test_a_damaged_bundle_of_the_machine_image_is_refused(
         disk.slots.seed(image)
     assert caught.value.code == "bundle.file_corrupt"
     assert disk.active is None
+
+
+def test_a_damaged_active_bundle_gives_way_to_the_one_before_and_is_not_gone_back_to(disk: Disk) -> None:
+    disk.commit("1.0", rev=1)
+    disk.commit("2.0", rev=2)
+    disk.slots.disown()
+    assert (disk.active, disk.slots.previous()) == ("1.0", None)
+    assert disk.slots.committed_rev() == 2, "a replay of revision 1 stays refused"
+
+
+def test_a_damaged_first_bundle_leaves_no_active_one_also_where_the_marks_decide(disk: Disk) -> None:
+    disk.commit("1.0")
+    disk.slots.disown()
+    assert disk.active is None
+    assert disk.commit("1.0").slot == "a"
+
+
+def test_there_is_nothing_to_give_up_on_a_new_device(disk: Disk) -> None:
+    disk.slots.disown()
+    assert disk.active is None

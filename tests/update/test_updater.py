@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.contract.dsse import generate_key
-from edge_agent.contract.manifest import Resources
+from edge_agent.contract.manifest import Resources, verify_files
 from edge_agent.contract.messages import Reported
 from edge_agent.errors import PermanentError, TransientError
 from edge_agent.update.machine import RULES, Record
@@ -450,6 +450,47 @@ def test_a_blob_damaged_on_this_disk_is_found_before_installation_and_fetched_ag
     device.settle()
     assert (device.state, device.active_version) == ("committed", "2.0")
     assert len(server.requested(sha256)) == 2
+
+
+def damage(bundle: Path) -> None:
+    """Change one byte of the weights, as a worn card does; the blob store shares them with the slot."""
+    model = bundle / "model" / "decoder.onnx"
+    with model.open("r+b") as file:
+        file.write(b"\xff")
+
+
+def test_a_damaged_active_bundle_is_mended_by_a_new_order_for_the_same_release(device: Device, v1: Published) -> None:
+    active = device.updater.slots.active()
+    assert active is not None
+    damage(active.path)
+    device.order(device.simulator.order(v1, rev=2))
+    assert (device.state, device.active_version, device.ports.serving) == ("committed", "1.0", v1.digest)
+    mended = device.updater.slots.active()
+    assert mended is not None
+    verify_files(mended.path, mended.manifest)
+
+
+def test_after_falling_back_the_slot_that_answers_is_not_installed_over(device: Device, v1: Published) -> None:
+    v2 = publish(device, "2.0")
+    order = device.simulator.order(v2, rev=2)
+    device.order(order)
+    active = device.updater.slots.active()
+    assert active is not None
+    damage(active.path)
+    updater = device.boot()
+    updater.disown_active()
+    fallback = updater.slots.active()
+    assert fallback is not None
+    assert (fallback.digest, fallback.mark) == (v1.digest, "good")
+    assert device.updater.reported().active == fallback.ref
+    device.ports.serving = v1.digest
+    device.order(order)  # retained, so it comes again with the next connection
+    assert (device.state, device.active_version) == ("committed", "2.0")
+    mended = device.updater.slots.active()
+    assert mended is not None
+    assert mended.slot == active.slot
+    verify_files(mended.path, mended.manifest)
+    assert updater.slots.previous() == fallback
 
 
 def test_an_update_that_cannot_fit_is_refused_with_numbers_before_its_first_byte(

@@ -101,3 +101,19 @@ def test_a_watchdog_that_is_not_ours_or_makes_no_sense_is_not_fed(environment: d
 
 def test_a_vanished_systemd_is_no_failure(tmp_path: Path) -> None:
     assert not Notifier({"NOTIFY_SOCKET": str(tmp_path / "absent")}).ready()
+
+
+def test_a_turn_that_may_last_longer_widens_the_watchdog_and_nothing_narrows_it(
+    systemd: Systemd, tmp_path: Path
+) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "90000000"})
+    assert not notifier.allow(60), "the unit's own value is enough"
+    assert notifier.allow(180)
+    assert systemd.heard() == {"WATCHDOG_USEC": "240000000"}
+    assert not notifier.allow(30)
+    assert systemd.heard_nothing()
+
+
+def test_without_a_watchdog_there_is_nothing_to_widen(systemd: Systemd, tmp_path: Path) -> None:
+    assert not Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}).allow(180)
+    assert systemd.heard_nothing()
