@@ -67,10 +67,6 @@ class TextEncoder:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def token_count(self) -> int:
-        """Ids that the tokenizer knows, added tokens included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
     def spec_json(self) -> str:
         """The tokenizer as JSON, for the grammar engine that needs every token's bytes."""
         text: Any = self._tokenizer.to_str()

@@ -130,11 +130,6 @@ class Spool:
         self.inbox_changed.set()
         return Accepted
 
-    def has_room(self) -> bool:
-        """Whether an event of the lowest lane would be taken now."""
-        with self._store.reading() as db:
-            return total(db, "inbox") < self._settings.inbox_max_events
-
     def next_event(self) -> InboxEvent | None:
         """Lease the oldest event of the highest lane that nobody works on; None when there is none.
 
