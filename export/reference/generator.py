@@ -94,10 +94,11 @@ def _labelled_event(rng: random.Random, split: Split, number: int) -> LabelledEv
     if rng.random() < 0.93:
         event["machine"] = fill(rng.choice(MACHINE_NAMES[split]), rng, {"t": machine_type(rng, split)})
     situation, measured = _draw_measurement(rng, situation)
-    situation = _draw_stated(rng, situation)
+    if not clues.code_only:
+        situation = _draw_stated(rng, situation)
     situation, state, clues = _draw_state(rng, situation, clues)
     situation, count, clues = _draw_repeats(rng, situation, clues)
-    if rng.random() < 0.07:
+    if rng.random() < 0.07 and not clues.code_only:
         situation = replace(situation, injected=True)
         clues = replace(clues, order=_draw_order(rng, split))
     decision = decide(situation)

@@ -103,6 +103,17 @@ def test_no_held_out_machine_in_training_events() -> None:
         assert not held_out.search(str(labelled.event.get("machine", ""))), labelled.event
 
 
+def test_events_without_a_telling_text_have_no_cue_that_only_a_text_could_show(
+    rows: dict[Split, list[LabelledEvent]],
+) -> None:
+    silent = {"", "alarm", "see code", "fault code", "meldung", "siehe code"}
+    found = [row for row in rows["test"] if str(row.event.get("text", "")).casefold() in silent]
+    assert found
+    for row in found:
+        assert row.situation.stated is None
+        assert not row.situation.injected
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_planted_orders_always_escalate(split: Split) -> None:
     planted = [row for row in islice(generate(split, 4), 1000) if row.situation.injected]
