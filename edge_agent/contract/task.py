@@ -121,7 +121,7 @@ def _output_field(name: str, spec: Any, refuse: Any) -> OutputField:
     try:
         if "enum" in spec:
             values = spec["enum"]
-            if kind != "string" or not all(isinstance(v, str) and v for v in values):
+            if kind != "string" or not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
                 raise refuse(f"property {name!r}: an enum must list non-empty strings")
             if len(set(values)) != len(values):
                 raise refuse(f"property {name!r}: enum values repeat")
@@ -129,16 +129,19 @@ def _output_field(name: str, spec: Any, refuse: Any) -> OutputField:
         if kind == "boolean":
             return BoolField(name=name)
         if kind == "integer":
-            if "minimum" not in spec or "maximum" not in spec or spec["minimum"] > spec["maximum"]:
-                raise refuse(f"property {name!r}: an integer needs minimum <= maximum")
-            return IntField(name=name, minimum=spec["minimum"], maximum=spec["maximum"])
+            low, high = spec.get("minimum"), spec.get("maximum")
+            if not isinstance(low, int) or not isinstance(high, int) or low > high:
+                raise refuse(f"property {name!r}: an integer needs whole numbers minimum <= maximum")
+            return IntField(name=name, minimum=low, maximum=high)
         if kind == "string":
             if "maxLength" not in spec:
                 raise refuse(f"property {name!r}: a string needs maxLength (at most {MAX_TEXT_CHARS})")
             return TextField(name=name, max_length=spec["maxLength"])
     except ValidationError as error:
         raise refuse(f"property {name!r}: {error.errors()[0]['msg']}") from error
-    raise refuse(f"property {name!r}: type {kind!r} is not supported")
+    # A few lines of YAML aliases may stand for gigabytes of lists: never spelled out.
+    shown = kind[:40] if isinstance(kind, str) else type(kind).__name__
+    raise refuse(f"property {name!r}: type {shown!r} is not supported")
 
 
 class Condition(_Model):
@@ -301,9 +304,12 @@ def load_task(path: Path) -> TaskSpec:
 def parse_task(text: str, *, source: str = "task.yaml") -> TaskSpec:
     """Parse the text of a task file (raises as `load_task`)."""
     try:
-        return TaskSpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # The library lets through what its constructors raise: a 13th month, an integer of 5000 digits.
         raise PermanentError("task.invalid", f"not valid YAML: {error}", path=source) from error
+    try:
+        return TaskSpec.model_validate(document)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg']}" for e in error.errors()]
         raise PermanentError("task.invalid", "; ".join(faults), path=source) from error

@@ -54,6 +54,12 @@ def task() -> TaskSpec:
         ("{type: boolean}", "{type: number}", "number"),
         ("{type: boolean}", "{enum: [a, a]}", "repeat"),
         ("minimum: 0, maximum: 60", "minimum: 0", "minimum"),
+        ("minimum: 0, maximum: 60", "minimum: low, maximum: 60", "minimum"),
+        ("{enum: [low, medium, high]}", "{enum: 3}", "severity"),
+        ("version: 1", "version: 2026-13-01", "not valid YAML"),
+        ("version: 1", f"version: {'9' * 5000}", "not valid YAML"),
+        ("version: 1", "version: !!int ''", "not valid YAML"),
+        ("version: 1", "version: " + "[" * 5000, "not valid YAML"),
     ],
 )
 def test_a_fault_in_a_task_file_is_named(was: str, becomes: str, named: str) -> None:
@@ -82,6 +88,15 @@ def test_a_file_that_is_no_task_is_refused_without_a_traceback(text: str) -> Non
 def test_a_schema_that_cannot_be_decoded_by_construction_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(PermanentError, match="schema_unsupported"):
         parse_output_schema(schema)
+
+
+def test_a_type_that_stands_for_gigabytes_of_text_is_refused_in_a_short_sentence() -> None:
+    kind: list[Any] = ["x"] * 10
+    for _ in range(12):
+        kind = [kind] * 10
+    with pytest.raises(PermanentError) as caught:
+        parse_output_schema({"type": "object", "properties": {"a": {"type": kind}}})
+    assert len(caught.value.detail) < 1000
 
 
 def test_text_cannot_imitate_another_line_of_the_prompt(task: TaskSpec) -> None:
