@@ -20,7 +20,9 @@ from edge_agent.errors import EdgeError, PermanentError, TransientError, from_os
 
 READ_BYTES = 64 << 10
 _USER_AGENT = "edge-agent"
-_CONTENT_RANGE = re.compile(r"^bytes (\d+)-(\d+)/(\d+|\*)$")
+# No file is longer than 18 digits say; a server that sends thousands would stop the conversion with an error.
+_CONTENT_RANGE = re.compile(r"^bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)$")
+_LENGTH = re.compile(r"^[0-9]{1,18}$")
 _LATER = frozenset({408, 425, 429})
 
 
@@ -141,7 +143,7 @@ class HttpTransport:
             response = connection.getresponse()
         except ssl.SSLCertVerificationError as error:
             raise PermanentError("fetch.tls_untrusted", f"{self._netloc}: {error.verify_message}") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: not a host name
             raise TransientError(
                 "fetch.unreachable", f"{self._netloc}: {str(error) or type(error).__name__}"
             ) from error
@@ -181,7 +183,7 @@ def _size_of(response: http.client.HTTPResponse, start: int) -> int | None:
     if response.status == 206 and match is not None:
         return int(match[3]) if match[3].isdigit() else None
     length = response.headers.get("Content-Length", "")
-    return start + int(length) if length.isdigit() else None
+    return start + int(length) if _LENGTH.match(length) else None
 
 
 def _http_chunks(response: http.client.HTTPResponse, path: str) -> Iterator[bytes]:

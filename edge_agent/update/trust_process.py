@@ -56,7 +56,8 @@ def find_release_in_child(request: Request, checkpoint: Callable[[], None]) -> T
     Raises:
         EdgeError: as `trust.find_release`; TransientError ``trust.process_died``.
     """
-    command = [sys.executable, "-m", "edge_agent.update.trust_process"]
+    command = [sys.executable, "-P", "-m", "edge_agent.update.trust_process"]
+    # -P: no module is taken from the folder in which the daemon happens to stand.
     try:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=True)
     except OSError as error:

@@ -32,6 +32,7 @@ class Fault:
         ignore_range: answer 200 with the whole file although a range was asked.
         wrong_range: answer 206 from another offset than was asked.
         endless: go on sending after the file's end, without announcing a length.
+        length: announce this Content-Length instead of the true one.
         body: serve these bytes instead of the file's.
         stall: accept the request and say nothing until the server ends.
         always: do not consume the fault.
@@ -43,6 +44,7 @@ class Fault:
     ignore_range: bool = False
     wrong_range: bool = False
     endless: bool = False
+    length: str | None = None
     body: bytes | None = None
     stall: bool = False
     always: bool = False
@@ -141,7 +143,7 @@ class StaticServer:
             request.send_header("Content-Range", f"bytes {claimed}-{len(content) - 1}/{len(content)}")
         body = content[start:]
         if not fault.endless:
-            request.send_header("Content-Length", str(len(body)))
+            request.send_header("Content-Length", str(len(body)) if fault.length is None else fault.length)
         request.send_header("Connection", "close")
         request.end_headers()
         if fault.cut_after_bytes is not None:

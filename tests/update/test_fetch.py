@@ -211,6 +211,18 @@ def test_an_absent_server_is_transient(site: Site) -> None:
     assert (type(error), error.code) == (TransientError, "fetch.unreachable")
 
 
+@pytest.mark.parametrize("length", ["9" * 5000, "\u00b2", "many"], ids=["endless", "superscript", "word"])
+def test_a_length_that_is_no_number_is_no_length(site: Site, length: str) -> None:
+    site.server.fault(PATH, Fault(length=length))
+    site.fetcher().fetch(WANTED, ignore)
+    assert stored(site) == CONTENT
+
+
+def test_a_host_name_that_cannot_be_one_is_unreachable(site: Site) -> None:
+    nowhere = open_transport(f"http://{'a' * 70}.example")
+    assert failure_of(lambda: site.fetcher(nowhere).fetch(WANTED, ignore)).code == "fetch.unreachable"
+
+
 def test_a_server_that_says_nothing_is_left_after_the_timeout(site: Site) -> None:
     site.server.fault(PATH, Fault(stall=True))
     site.fetcher(open_transport(site.server.url, timeout_s=0.2)).fetch(WANTED, ignore)
