@@ -113,6 +113,9 @@ class Agent:
         # Cleared before looking: an event that arrives in between sets it again.
         self._spool.inbox_changed.clear()
         step = self._answering.step()
+        if self._spool.is_corrupt:
+            # Also where only the intake met it: the node would be deaf, and look healthy.
+            raise IntegrityError("spool.corrupt", "the spool is damaged; the next start moves it aside")
         self._notifier.progress()
         if step is Step.IDLE:
             self._keep_worker()

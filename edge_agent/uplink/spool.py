@@ -85,6 +85,11 @@ class Spool:
         self._leased: set[int] = set()
         self._uncounted: collections.Counter[str] = collections.Counter()
 
+    @property
+    def is_corrupt(self) -> bool:
+        """Whether any thread met damage in the file: only a restart, which moves it aside, helps."""
+        return self._store.is_corrupt
+
     def close(self) -> None:
         """Close the file. Whatever was committed is in it."""
         self._store.close()

@@ -76,6 +76,9 @@ class SpoolStore:
         busy_timeout_s: how long to wait for another process that writes.
         is_owner: whether a corrupt file may be moved aside.
 
+    Attributes:
+        is_corrupt: damage was met since the file was opened; opening it again moves it aside.
+
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
         PermanentError: ``spool.newer_schema``, ``spool.unusable`` or a ``disk.*`` code.
@@ -89,6 +92,7 @@ class SpoolStore:
         self._lock = threading.RLock()
         self._depth = 0
         self._fault: EdgeError | None = None
+        self.is_corrupt = False
         self._connection = self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -101,6 +105,7 @@ class SpoolStore:
                 moved = self._move_aside()
                 _log.error("spool_corrupt", code="spool.corrupt", detail=error.detail, moved_to=str(moved))
                 connection = self._connect()
+                self.is_corrupt = False
                 connection.execute("INSERT INTO counters VALUES ('spool.corrupt', 1)")
                 return connection
         except OSError as error:
@@ -220,6 +225,7 @@ class SpoolStore:
         primary = code & 0xFF
         where = {"path": str(self.path)}
         if primary in _CORRUPT:
+            self.is_corrupt = True
             return IntegrityError("spool.corrupt", f"{doing}: {error}", **where)
         if primary in _BUSY:
             return TransientError("spool.busy", f"{doing}: {error}", **where)

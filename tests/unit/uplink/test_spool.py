@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import pytest
 
 from edge_agent.contract.event import MAX_EVENT_BYTES
 from edge_agent.contract.messages import DeadLetter, now_ms
-from edge_agent.errors import PermanentError, RefusedError, TransientError
+from edge_agent.errors import IntegrityError, PermanentError, RefusedError, TransientError
 from edge_agent.settings import SpoolSettings
 from edge_agent.uplink.records import Accepted, Duplicate, Klass, OutboundMessage, Priority
 from edge_agent.uplink.spool import CLOCK_FLOOR_MS, Spool
@@ -427,3 +428,27 @@ def test_another_process_may_read_dead_letters_while_the_daemon_writes(tmp_path:
         put(spool, "a")
         assert len(reader.dead_letters()) == 1
     assert reader.counts().inbox == 1
+
+
+def test_damage_that_one_thread_meets_is_seen_by_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "spool.sqlite"
+    spool = make_spool(path)
+    with spool.batch():
+        for number in range(4000):  # more than SQLite's page cache holds
+            spool.accept("triage", str(number), b"x" * 1000, "normal", 1)
+    before = spool.is_corrupt
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:
+        file.seek(8 * 4096)
+        file.write(b"\xff" * (path.stat().st_size - 8 * 4096))
+
+    def repeat_them() -> None:
+        for number in range(4000):
+            spool.accept("triage", str(number), b"x", "normal", 1)
+
+    with pytest.raises(IntegrityError):
+        repeat_them()
+    assert (before, spool.is_corrupt) == (False, True)
+    spool.close()
+    assert not make_spool(path).is_corrupt, "the next start moves it aside"
