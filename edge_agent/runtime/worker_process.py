@@ -20,7 +20,7 @@ from edge_agent.runtime.answer import Answer, GoldenMiss, GoldenOutcome, WorkerF
 from edge_agent.runtime.child import ChildProcess, OnLine
 from edge_agent.runtime.frames import FrameChannel, FrameTimeout, Message, error_from
 from edge_agent.runtime.memory import rss_bytes
-from edge_agent.settings import WorkerSettings
+from edge_agent.settings import ENV_PREFIX, WorkerSettings
 
 __all__ = ["Answer", "GoldenMiss", "GoldenOutcome", "WorkerFacts", "WorkerProcess"]
 
@@ -231,7 +231,8 @@ class WorkerProcess:
 def _environment() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH")
     return {
-        **os.environ,
+        # Settings may hold the broker's password, which is no business of the process that reads strangers' words.
+        **{name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
         "ORT_DISABLE_TELEMETRY": "1",
         # The worker runs this very package, installed or in a working tree, and nothing from the current folder.
         "PYTHONPATH": f"{_PACKAGE_ROOT}{os.pathsep}{path}" if path else str(_PACKAGE_ROOT),

@@ -296,6 +296,13 @@ def test_worker_that_dies_while_loading_leaves_its_last_words() -> None:
         assert "last words at load" in fault.detail
 
 
+def test_the_brokers_password_does_not_reach_the_process_that_reads_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_AGENT_MQTT__PASSWORD", "hunter2")
+    with fake_worker() as worker:
+        worker.start()
+        assert b"hunter2" not in Path(f"/proc/{worker.pid}/environ").read_bytes()
+
+
 def test_worker_that_never_becomes_ready_is_killed() -> None:
     with fake_worker(bundle="hangs-at-load", start_timeout_s=2.0) as worker:
         assert fault_of(worker.start).code == "worker.start_timeout"
