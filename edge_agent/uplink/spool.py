@@ -17,6 +17,7 @@ import contextlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from edge_agent.contract.messages import QueueTelemetry, now_ms
 from edge_agent.errors import EdgeError, PermanentError, RefusedError, TransientError
 from edge_agent.settings import SpoolSettings
 from edge_agent.uplink.records import (
-    KLASSES,
     LANES,
     Acceptance,
     Accepted,
@@ -40,19 +40,20 @@ from edge_agent.uplink.spool_rows import (
     LetterEvent,
     add_count,
     as_text,
+    drop_expired,
     enqueue,
     inbox_row,
     insert_letter,
     is_known,
+    last_seq,
     message_of,
+    restamp,
     total,
 )
 from edge_agent.uplink.spool_store import SpoolStore
 
 MAX_ATTEMPTS = 2
-CLOCK_FLOOR_MS = 1_704_067_200_000  # 2024-01-01: a row stamped earlier was written before the clock was set
-# Alarms and decisions are kept for the whole configured age; a metric that old describes nothing any more.
-_AGE_SHARE = {"decision": 1.0, "alarm": 1.0, "telemetry": 1 / 168}
+CLOCK_LEAP_MS = 60_000
 
 
 class Spool:
@@ -83,6 +84,9 @@ class Spool:
         self.inbox_changed = threading.Event()
         self.outbox_changed = threading.Event()
         self._leased: set[int] = set()
+        self._clocks = now_ms(), _steady_ms()
+        with self._store.reading() as db:
+            self._first_seq = last_seq(db) + 1
         self._uncounted: collections.Counter[str] = collections.Counter()
 
     @property
@@ -297,28 +301,24 @@ class Spool:
             else:
                 self._insert_letter(db, (None, None, row[1], LANES.index("normal"), now_ms()), error, None)
 
-    def expire(self, now: int | None = None) -> int:
+    def expire(self, now: int | None = None, *, steady_ms: int | None = None) -> int:
         """Drop messages beyond the age of their class.
 
         Args:
             now: wall clock in ms since the epoch; default: now.
+            steady_ms: monotonic clock in ms; default: now.
 
         Returns:
             How many were dropped.
         """
-        at = now_ms() if now is None else now
-        dropped = 0
+        at, steady = now_ms() if now is None else now, _steady_ms() if steady_ms is None else steady_ms
         with self._store.transaction() as db:
-            for number, klass in enumerate(KLASSES):
-                oldest = at - round(self._settings.outbox_max_age_s * 1000 * _AGE_SHARE[klass])
-                # Before the clock was set nothing has an age; the bound by bytes still holds for such rows.
-                count = db.execute(
-                    "DELETE FROM outbox WHERE klass = ? AND queued_ms >= ? AND queued_ms < ?",
-                    (number, CLOCK_FLOOR_MS, oldest),
-                ).rowcount
-                if count:
-                    add_count(db, f"outbox.expired.{klass}", count)
-                dropped += count
+            # A clock that is set forward (by the network, on a machine without a clock of its own) ages nothing.
+            leap_ms = (at - self._clocks[0]) - (steady - self._clocks[1])
+            if leap_ms > CLOCK_LEAP_MS:
+                restamp(db, self._first_seq, until=at - leap_ms, by=leap_ms)
+            dropped = drop_expired(db, at, self._settings.outbox_max_age_s)
+        self._clocks = at, steady
         return dropped
 
     # ---- counters
@@ -389,3 +389,7 @@ class Spool:
     def _enqueue(self, db: sqlite3.Connection, message: OutboundMessage) -> None:
         enqueue(db, message, self._settings.outbox_max_bytes)
         self.outbox_changed.set()
+
+
+def _steady_ms() -> int:
+    return round(time.monotonic() * 1000)

@@ -10,6 +10,10 @@ from edge_agent.contract.messages import DeadLetter, ErrorInfo, now_ms
 from edge_agent.errors import EdgeError
 from edge_agent.uplink.records import KLASSES, OutboundMessage
 
+CLOCK_FLOOR_MS = 1_704_067_200_000  # 2024-01-01: a row stamped earlier was written before the clock was set
+# Alarms and decisions are kept for the whole configured age; a metric that old describes nothing any more.
+_AGE_SHARE = {"decision": 1.0, "alarm": 1.0, "telemetry": 1 / 168}
+
 InboxRow = tuple[str, str, bytes, int, int, int]
 """task, event_id, payload, lane, received_ms, attempts"""
 LetterEvent = tuple[str | None, str | None, bytes | None, int, int]
@@ -106,3 +110,29 @@ def insert_letter(
         add_count(db, "deadletter.trimmed", excess)
     info = ErrorInfo(code=error.code, type=error.kind, detail=detail)
     return newest or 0, DeadLetter(event_id=event_id, task=task, error=info, received_ms=received_ms)
+
+
+def last_seq(db: sqlite3.Connection) -> int:
+    """The highest number ever given to a message of the outbox; 0 before the first."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def restamp(db: sqlite3.Connection, first_seq: int, *, until: int, by: int) -> None:
+    """Move the stamps up to ``until`` (ms) of messages from ``first_seq`` on by so many ms."""
+    db.execute("UPDATE outbox SET queued_ms = queued_ms + ? WHERE seq >= ? AND queued_ms <= ?", (by, first_seq, until))
+
+
+def drop_expired(db: sqlite3.Connection, at: int, max_age_s: float) -> int:
+    """Drop messages that are older at ``at`` (ms) than their class may be, and count them; how many there were."""
+    dropped = 0
+    for number, klass in enumerate(KLASSES):
+        oldest = at - round(max_age_s * 1000 * _AGE_SHARE[klass])
+        # Before the clock was set nothing has an age; the bound by bytes still holds for such rows.
+        count = db.execute(
+            "DELETE FROM outbox WHERE klass = ? AND queued_ms >= ? AND queued_ms < ?", (number, CLOCK_FLOOR_MS, oldest)
+        ).rowcount
+        if count:
+            add_count(db, f"outbox.expired.{klass}", count)
+        dropped += count
+    return dropped

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from edge_agent.contract.messages import DeadLetter, now_ms
 from edge_agent.errors import IntegrityError, PermanentError, RefusedError, TransientError
 from edge_agent.settings import SpoolSettings
 from edge_agent.uplink.records import Accepted, Duplicate, Klass, OutboundMessage, Priority
-from edge_agent.uplink.spool import CLOCK_FLOOR_MS, Spool
+from edge_agent.uplink.spool import Spool
+from edge_agent.uplink.spool_rows import CLOCK_FLOOR_MS
 from edge_agent.uplink.spool_store import SpoolStore
 
 DEADLETTER = "edge/v1/site/node/deadletter"
@@ -281,10 +283,28 @@ def test_old_messages_expire_by_class_but_not_those_written_before_the_clock_was
         other.execute("UPDATE outbox SET queued_ms = ? WHERE seq = 3", (CLOCK_FLOOR_MS - 1,))
     other.close()
     two_hours_on = now_ms() + 2 * 3600 * 1000
-    assert spool.expire(two_hours_on) == 1
-    assert spool.expire(two_hours_on + 8 * 24 * 3600 * 1000) == 1
+    assert spool.expire(two_hours_on, steady_ms=steady_ms(2)) == 1
+    assert spool.expire(two_hours_on + 8 * 24 * 3600 * 1000, steady_ms=steady_ms(2 + 8 * 24)) == 1
     assert [m.seq for m in spool.pending(10)] == [3]
     assert spool.counts().dropped == {"outbox.expired.decision": 1, "outbox.expired.telemetry": 1}
+
+
+def steady_ms(hours_on: float) -> int:
+    """The monotonic clock so many hours from now."""
+    return round((time.monotonic() + hours_on * 3600) * 1000)
+
+
+def test_a_clock_set_forward_after_a_long_power_cut_drops_no_decision_made_since(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path / "spool.sqlite")
+    spool.enqueue(OutboundMessage("decisions", b"before the power cut"))
+    spool.close()
+    spool = make_spool(tmp_path / "spool.sqlite")
+    spool.enqueue(OutboundMessage("decisions", b"after it"))
+    two_weeks_on = now_ms() + 14 * 24 * 3600 * 1000
+    assert spool.expire(two_weeks_on, steady_ms=steady_ms(0)) == 1
+    assert [queued.message.payload for queued in spool.pending(10)] == [b"after it"]
+    assert spool.expire(two_weeks_on + 6 * 24 * 3600 * 1000, steady_ms=steady_ms(6 * 24)) == 0
+    assert spool.expire(two_weeks_on + 8 * 24 * 3600 * 1000, steady_ms=steady_ms(8 * 24)) == 1, "it has its own age"
 
 
 def test_a_message_the_broker_never_takes_becomes_a_dead_letter_that_cannot_be_requeued(spool: Spool) -> None:
