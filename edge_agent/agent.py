@@ -67,8 +67,8 @@ class Agent:
         )
         self._serving = ServingWorker(settings.worker)
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
-        exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._announce_model)
-        self._updater = Updater(settings.update, settings.state_dir, settings.node.name, exchange)
+        self._exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._announce_model)
+        self._updater = Updater(settings.update, settings.state_dir, settings.node.name, self._exchange)
         self._answering = Answering(
             self._spool,
             self._serving,
@@ -101,6 +101,7 @@ class Agent:
             stop.set()
             self._draining = True
             self._notifier.stopping()
+            self._exchange.stop_trial()
             self._uplink.stop()
             if updating.ident is not None:
                 updating.join(timeout=10.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -12,13 +14,30 @@ from edge_agent.contract.manifest import read_manifest
 from edge_agent.contract.messages import Reported
 from edge_agent.errors import TransientError
 from edge_agent.log import get_logger
+from edge_agent.runtime.answer import GoldenOutcome, WorkerFacts
 from edge_agent.runtime.serving import ServingWorker, worker_on
 from edge_agent.settings import WorkerSettings
-from edge_agent.update.ports import ProbationCounts, TrialResult
+from edge_agent.update.ports import Interrupted, ProbationCounts, TrialResult
 
 _log = get_logger(__name__)
 # Left to the rest of the machine while two models are loaded side by side.
 _SPARE_BYTES = 64 << 20
+
+
+class SideWorker(Protocol):
+    """What a trial needs of a worker process."""
+
+    def start(self) -> WorkerFacts:
+        """Load the bundle; raises EdgeError."""
+        ...
+
+    def run_golden(self) -> GoldenOutcome:
+        """Answer the bundle's golden examples; raises EdgeError."""
+        ...
+
+    def stop(self) -> None:
+        """End the process, from any thread."""
+        ...
 
 
 class ModelExchange:
@@ -30,6 +49,7 @@ class ModelExchange:
         publish: takes every report.
         announce: called when another model answers, or none.
         available_bytes: memory that a second worker may use; default: what the kernel says is available.
+        side_worker: starts the worker of a trial; the default starts a real process.
     """
 
     def __init__(
@@ -39,9 +59,12 @@ class ModelExchange:
         publish: Callable[[Reported], None],
         announce: Callable[[], None],
         available_bytes: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
+        side_worker: Callable[[Path, str], SideWorker] | None = None,
     ) -> None:
         self._serving = serving
-        self._settings = settings
+        self._side_worker = side_worker or (lambda bundle, digest: worker_on(bundle, digest, settings))
+        self._side: SideWorker | None = None
+        self._stopping = threading.Event()
         self._publish = publish
         self._announce = announce
         self._available_bytes = available_bytes
@@ -50,16 +73,23 @@ class ModelExchange:
         """Load the candidate in a side worker and run its golden examples.
 
         Where memory cannot hold both models the serving worker makes room, and events wait in the inbox.
+
+        Raises:
+            EdgeError: the candidate could not be run.
+            Interrupted: the trial was cut off by `stop_trial`.
         """
         with self._room_for(bundle_dir, digest):
-            worker = worker_on(bundle_dir, digest, self._settings)
+            self._side = worker = self._side_worker(bundle_dir, digest)
             try:
                 worker.start()
                 outcome = worker.run_golden()
             except TransientError as error:
+                if self._stopping.is_set():
+                    raise Interrupted("stop") from error
                 # A candidate whose worker dies or hangs on a golden example is not worth a retry: they are fixed.
                 return TrialResult(False, 0, 0, None, None, str(error))
             finally:
+                self._side = None
                 worker.stop()
         wrong = len(outcome.wrong)
         first = f"; first: example {outcome.wrong[0].index} of {outcome.wrong[0].task}" if wrong else ""
@@ -71,6 +101,13 @@ class ModelExchange:
             peak_rss_bytes=outcome.peak_rss_bytes,
             detail=f"{wrong} of {outcome.total} golden examples answered wrongly{first}",
         )
+
+    def stop_trial(self) -> None:
+        """End a trial under way, from any thread: the daemon stops. That says nothing about the candidate."""
+        self._stopping.set()
+        side = self._side
+        if side is not None:
+            side.stop()
 
     def swap(self, bundle_dir: Path, digest: str) -> None:
         """Serve ``bundle_dir`` from the next event on; a no-op where it is served already.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edge_agent.contract.event import Event
-from edge_agent.errors import EdgeError, PermanentError
-from edge_agent.runtime.answer import Answer, WorkerFacts
+from edge_agent.errors import EdgeError, PermanentError, TransientError
+from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.serving import ServingWorker
 from edge_agent.settings import WorkerSettings
+from edge_agent.update.ports import Interrupted
 from edge_agent.updating import ModelExchange
 from tests.fakes.bundles import TASK_YAML, bundle_of_task
 
@@ -104,3 +106,52 @@ def test_the_old_model_comes_back_when_it_made_room_for_one_that_does_not_start(
     assert serving.ready
     serving.keep_alive()
     assert (machine.loaded, serving.model) == (1, old)
+
+
+class EndlessTrial(LoadedWorker):
+    """A side worker whose golden examples take until it is stopped."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.is_running = threading.Event()
+        self._stopped = threading.Event()
+
+    def run_golden(self) -> GoldenOutcome:
+        self.is_running.set()
+        assert self._stopped.wait(30)
+        raise TransientError("worker.died", "the worker was stopped")
+
+    def stop(self) -> None:
+        self._stopped.set()
+        super().stop()
+
+
+def test_a_stop_in_the_middle_of_a_trial_ends_it_and_is_not_held_against_the_candidate(
+    machine: Machine, serving: ServingWorker, tmp_path: Path
+) -> None:
+    trial = EndlessTrial(machine)
+    exchange = ModelExchange(
+        serving, WorkerSettings(), lambda _reported: None, lambda: None, lambda: ROOMY, lambda _bundle, _digest: trial
+    )
+
+    def stop_it() -> None:
+        assert trial.is_running.wait(30)
+        exchange.stop_trial()
+
+    stopping = threading.Thread(target=stop_it)
+    stopping.start()
+    with pytest.raises(Interrupted):
+        exchange.trial(*candidate(tmp_path))
+    stopping.join()
+    assert machine.loaded == 1, "only the serving worker is left"
+
+
+def test_a_worker_that_dies_in_its_trial_is_held_against_the_candidate(
+    machine: Machine, serving: ServingWorker, tmp_path: Path
+) -> None:
+    trial = EndlessTrial(machine)
+    trial.stop()
+    exchange = ModelExchange(
+        serving, WorkerSettings(), lambda _reported: None, lambda: None, lambda: ROOMY, lambda _bundle, _digest: trial
+    )
+    assert not exchange.trial(*candidate(tmp_path)).passed
