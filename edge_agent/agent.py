@@ -7,6 +7,7 @@ updater's thread exchanges models.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -60,7 +61,7 @@ class Agent:
         self._since_ms = now_ms()
         self._draining = False
         self._alarmed = False
-        _make_state_dir(settings)
+        self._state_lock = _claim_state_dir(settings)
         self._topics = NodeTopics(settings.node.site, settings.node.name)
         self._spool = Spool(
             settings.state_dir / "spool.sqlite", settings.spool, deadletter_topic=self._topics.deadletter
@@ -107,6 +108,7 @@ class Agent:
                 updating.join(timeout=10.0)
             self._serving.stop()
             self._spool.close()
+            os.close(self._state_lock)
             _log.info("stopped")
 
     def _turn(self, stop: threading.Event) -> None:
@@ -264,10 +266,23 @@ def run_daemon(settings: Settings) -> int:
     return 0
 
 
-def _make_state_dir(settings: Settings) -> None:
+def _claim_state_dir(settings: Settings) -> int:
+    """Make the directory and lock it: two daemons would install over each other's slots; the lock's descriptor."""
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     except OSError as error:
         raise from_os_error(error, "creating the state directory") from error
     if not os.access(settings.state_dir, os.W_OK | os.X_OK):
         raise PermanentError("disk.permission", f"{settings.state_dir} is not writable", path=str(settings.state_dir))
+    try:
+        lock = os.open(settings.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise from_os_error(error, "locking the state directory") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError as error:
+        os.close(lock)
+        raise PermanentError(
+            "spool.in_use", f"another edge-agent runs on {settings.state_dir}", path=str(settings.state_dir)
+        ) from error
+    return lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -94,6 +95,15 @@ def test_a_decision_topic_that_nobody_may_publish_on_is_refused_at_the_start(
     topic: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "node.decision_topic" in refusal(["run", f"--node.decision_topic={topic}"], capsys)
+
+
+def test_a_second_daemon_on_the_same_state_directory_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        done = edge_agent("run", "--state_dir", str(tmp_path), stdout=subprocess.DEVNULL)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert b"spool.in_use" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_the_doctor_leaves_no_trace_in_a_state_dir_that_is_the_daemons(
