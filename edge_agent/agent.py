@@ -119,6 +119,10 @@ class Agent:
         if self._spool.is_corrupt:
             # Also where only the intake met it: the node would be deaf, and look healthy.
             raise IntegrityError("spool.corrupt", "the spool is damaged; the next start moves it aside")
+        fault = self._serving.start_fault
+        if isinstance(fault, IntegrityError) and self._updater.reported().state not in UNPROVEN:
+            # Time does not cure it. The next start falls back to the bundle before this one.
+            raise fault
         self._notifier.progress()
         if step is Step.IDLE:
             self._keep_worker()

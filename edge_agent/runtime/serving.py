@@ -93,6 +93,11 @@ class ServingWorker:
     Args:
         settings: the worker section.
         factory: starts a worker on a bundle directory; the default starts a real process.
+
+    Attributes:
+        deaths_total: since the start of the agent.
+        last_facts: what the newest worker loaded.
+        start_fault: why the last restart failed; None once a worker runs again.
     """
 
     def __init__(self, settings: WorkerSettings, factory: WorkerFactory | None = None) -> None:
@@ -107,6 +112,7 @@ class ServingWorker:
         self._paused = False
         self.deaths_total = 0
         self.last_facts: WorkerFacts | None = None
+        self.start_fault: EdgeError | None = None
 
     @property
     def model(self) -> ServedModel | None:
@@ -139,6 +145,7 @@ class ServingWorker:
             old, self._worker = self._worker, fresh
             self._model, self._counts, self.last_facts = model, ServingCounts(), facts
             self._backoff_s, self._retry_at_s, self._paused = FIRST_BACKOFF_S, 0.0, False
+            self.start_fault = None
         if old is not None:
             old.stop()
 
@@ -224,9 +231,10 @@ class ServingWorker:
         except EdgeError as error:
             worker.stop()
             self._count_death()
+            self.start_fault = error
             # Under its own code the fault would be taken for one of the event that happened to come next.
             raise TransientError("worker.not_ready", f"the worker did not start: {error}", cause=error.code) from error
-        self._worker = worker
+        self._worker, self.start_fault = worker, None
         return worker, self._model
 
     def _count_answer(self, answer: Answer) -> None:

@@ -234,11 +234,39 @@ def test_a_daemon_whose_newest_bundle_is_damaged_answers_with_the_one_before_it(
     damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
     damaged.chmod(0o600)
     damaged.write_text("name: [")
+    shutil.rmtree(daemon.directory / "registry")  # or the damage would soon be mended
     daemon.start()
     peer.deliver(EVENTS, an_event("after-damage"))
     found = peer.wait_for(lambda seen: seen.topic == DECISIONS and b'"e-after-damage"' in seen.payload)
     assert json.loads(found[0].payload)["model"]["version"] != "99.0.0"
     assert json.loads(peer.on(TOPICS.alarm("model"))[-1].payload)["code"].startswith("bundle.")
+
+
+def test_a_bundle_damaged_in_service_is_replaced_by_the_one_before_it_and_then_mended(
+    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], Any]
+) -> None:
+    daemon.start()
+    install(daemon, reference_bundle, peer, broker.port)
+    newer = variant()
+    newer.put("tasks/triage/task.yaml", (newer.path / "tasks/triage/task.yaml").read_text() + "\n# newer\n")
+    newer.seal(lambda manifest: manifest.update(version="99.0.0"))
+    install(daemon, newer.path, peer, broker.port)
+    damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
+    damaged.chmod(0o600)
+    damaged.write_text("name: [")
+    os.kill(daemon.worker_pid() or 0, signal.SIGKILL)
+    wait_until(lambda: not daemon.alive)  # systemd starts it again
+
+    daemon.start()
+    peer.on(TOPICS.alarm("model"))
+    numbers = iter(range(1000))
+
+    def is_mended() -> bool:
+        peer.deliver(EVENTS, an_event(f"mend-{next(numbers)}"))
+        return any(seen.topic == TOPICS.alarm("model") and not seen.payload for seen in list(peer.seen))
+
+    wait_until(is_mended, 60.0)
+    wait_until(lambda: "# newer" in damaged.read_text(), 60.0)
 
 
 @pytest.mark.needs("root")
