@@ -151,7 +151,7 @@ def test_a_killed_worker_is_replaced_and_its_event_is_answered(
     install(daemon, reference_bundle, peer, broker.port)
     for number in range(40):
         peer.send(EVENTS, an_event(number))
-    os.kill(daemon.worker_pid() or 0, signal.SIGKILL)
+    daemon.kill_worker()
     wait_until(lambda: len(decisions_of(peer, "e-")) == 40, 30.0)
 
 
@@ -254,7 +254,7 @@ def test_a_bundle_damaged_in_service_is_replaced_by_the_one_before_it_and_then_m
     damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
     damaged.chmod(0o600)
     damaged.write_text("name: [")
-    os.kill(daemon.worker_pid() or 0, signal.SIGKILL)
+    daemon.kill_worker()
     wait_until(lambda: not daemon.alive)  # systemd starts it again
 
     daemon.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -98,6 +99,12 @@ class Daemon:
         )
         pids = found.stdout.split()
         return int(pids[0]) if pids else None
+
+    def kill_worker(self) -> None:
+        """SIGKILL to the serving worker."""
+        pid = self.worker_pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
 
     def publish(self, bundle: Path) -> str:
         """Publish a bundle; its release path."""
