@@ -171,7 +171,7 @@ def test_decisions_made_while_the_broker_is_away_are_delivered_when_it_is_back(
     daemon = Daemon(tmp_path, proxy.port)
     daemon.start()
     install(daemon, reference_bundle, peer, broker.port)
-    os.kill(daemon.worker_pid() or 0, signal.SIGSTOP)  # the backlog builds up in the inbox
+    daemon.kill_worker(signal.SIGSTOP)  # the backlog builds up in the inbox
     for number in range(30):
         peer.deliver(EVENTS, an_event(number))
     proxy.refuse()

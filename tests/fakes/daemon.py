@@ -100,11 +100,11 @@ class Daemon:
         pids = found.stdout.split()
         return int(pids[0]) if pids else None
 
-    def kill_worker(self) -> None:
-        """SIGKILL to the serving worker."""
+    def kill_worker(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the serving worker, and to nobody else."""
         pid = self.worker_pid()
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
     def publish(self, bundle: Path) -> str:
         """Publish a bundle; its release path."""
