@@ -18,7 +18,6 @@ from edge_agent.contract.manifest import (
     Manifest,
     manifest_digest,
     parse_manifest,
-    read_manifest,
     verify_files,
 )
 from edge_agent.errors import IntegrityError, PermanentError, from_os_error
@@ -84,11 +83,13 @@ def open_installed_bundle(path: Path, expected_digest: str) -> VerifiedBundle:
         IntegrityError: ``bundle.digest_mismatch`` or a ``bundle.file_*`` code.
         RefusedError: ``bundle.format_unsupported``.
     """
-    manifest, digest = read_manifest(path)
+    manifest_bytes = _read(path / MANIFEST_NAME, "bundle.missing", MAX_SIGNATURE_BYTES)
+    digest = manifest_digest(manifest_bytes)
     if digest != expected_digest:
         raise IntegrityError(
             "bundle.digest_mismatch", f"manifest hashes to {digest[:12]}…, not {expected_digest[:12]}…", path=str(path)
         )
+    manifest = parse_manifest(manifest_bytes)
     verify_files(path, manifest)
     return VerifiedBundle(path, manifest, digest)
 

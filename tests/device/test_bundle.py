@@ -84,6 +84,11 @@ def test_installed_bundle_with_another_digest_is_refused(reference_bundle: Path)
     assert fault_of(lambda: open_installed_bundle(reference_bundle, "0" * 64)).code == "bundle.digest_mismatch"
 
 
+def test_a_manifest_that_is_not_the_installed_one_is_not_even_parsed(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(b"[" * 100_000)
+    assert fault_of(lambda: open_installed_bundle(tmp_path, "0" * 64)).code == "bundle.digest_mismatch"
+
+
 def test_manifest_of_a_newer_format_is_refused(variant: Variant) -> None:
     bundle = variant()
     bundle.seal(lambda manifest: manifest.update(format=2))
