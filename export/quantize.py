@@ -72,6 +72,8 @@ def quantize_int4(model: ModelProto, settings: QuantSettings) -> ModelProto:
     head = head_node(model).name
     hidden = _initializer(model, EMBEDDING).dims[1]
     table_block = _dividing_block(hidden, settings.block_size)
+    if settings.method == "k_quant":
+        _refuse_odd_blocks(model, settings.block_size)
     # The table is looked up by GatherBlockQuantized, which reads neither float zero points nor a ragged last block.
     apart = settings.method == "hqq" or table_block != settings.block_size
     model = _quantize_nodes(model, settings, exclude=[head] if apart else [])
@@ -87,6 +89,17 @@ def quantize_int4(model: ModelProto, settings: QuantSettings) -> ModelProto:
         _quantize_embedding(model, table_block)
     _drop_unused_initializers(model)
     return model
+
+
+def _refuse_odd_blocks(model: ModelProto, block_size: int) -> None:
+    # onnxruntime 1.32 packs k_quant's zero points in pairs and fails on a row that holds an odd number of them.
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("_t") and len(tensor.dims) == 2 and -(-tensor.dims[0] // block_size) % 2:
+            raise RefusedError(
+                "export.block_size",
+                f"k_quant needs an even number of blocks a row, but {tensor.dims[0]} weights make "
+                f"{-(-tensor.dims[0] // block_size)} blocks of {block_size}: choose another size or method",
+            )
 
 
 def _materialise_head(model: ModelProto) -> bool:

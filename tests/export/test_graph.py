@@ -171,6 +171,13 @@ def test_block_that_does_not_divide_the_embedding_is_narrowed_there(tmp_path: Pa
     assert agreement.mean_kl < 1.5
 
 
+def test_block_that_the_quantiser_cannot_pack_is_refused(llama: Path) -> None:
+    # 192 weights a row are three blocks of 64.
+    with pytest.raises(EdgeError) as caught:
+        quantize_int4(build_fp32(open_checkpoint(llama), CONTEXT), QuantSettings("k_quant", 64))
+    assert caught.value.code == "export.block_size"
+
+
 def test_wide_rope_context_is_not_shortened_below_the_request(checkpoint: Path) -> None:
     change_config(checkpoint, max_position_embeddings=64)
     model = build_fp32(open_checkpoint(checkpoint), CONTEXT)
