@@ -1,6 +1,6 @@
 """From nothing to a measured checkpoint: events, tokenizer, training, evaluation.
 
-Run ``python -m export.reference --work /tmp/reference --minutes 55``.
+Run ``python -m export.reference --work /tmp/reference --minutes 60``.
 The run resumes where it stopped when the work folder is given again.
 """
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m export.reference",
         description="Train the reference model from random weights and measure it on held-out events.",
-        epilog="example: python -m export.reference --work /tmp/reference --minutes 55 --install",
+        epilog="example: python -m export.reference --work /tmp/reference --minutes 60 --install",
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of the run; an old run there is resumed")
     parser.add_argument("--minutes", type=float, default=Training.minutes, help="training time (default %(default)s)")

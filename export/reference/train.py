@@ -1,6 +1,6 @@
 """Train the reference model from random weights, inside a budget of minutes, resumable.
 
-Run ``python -m export.reference.train --work /tmp/reference --minutes 55``; ``python -m export.reference`` does the
+Run ``python -m export.reference.train --work /tmp/reference --minutes 60``; ``python -m export.reference`` does the
 same and then measures the result.
 """
 
