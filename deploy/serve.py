@@ -168,6 +168,11 @@ class RegistryServer(http.server.ThreadingHTTPServer):
         except OSError as error:
             raise from_os_error(error, f"listening on {bind}:{port}") from error
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a client that hung up between two requests; it will resume. Anything else is a defect."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
     @property
     def url(self) -> str:
         """Base URL, without a closing slash."""

@@ -15,11 +15,15 @@ import collections
 import importlib.util
 import os
 import shutil
+import signal
 from collections.abc import Generator, Iterable
 from typing import Any
 
 import pytest
 
+# A shell that starts us in the background has SIGINT ignored, and what is ignored stays ignored in every child: tests
+# of Ctrl-C would wait for ever. What is handled here is at its default in a child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any test module imports onnxruntime: its official wheels report home by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 

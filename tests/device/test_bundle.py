@@ -18,6 +18,7 @@ from tests.fakes.bundles import BundleVariant
 
 Variant = Callable[[], BundleVariant]
 DECODER = "model/decoder.onnx"
+CALIBRATION = "tasks/triage/calibration.json"
 
 
 def load(bundle: BundleVariant) -> Engine:
@@ -126,7 +127,9 @@ def test_harmed_file_is_named_by_the_worker_too(variant: Variant) -> None:
 
 def test_file_that_the_manifest_does_not_list_is_never_read(variant: Variant) -> None:
     bundle = variant()
-    bundle.put("tasks/triage/calibration.json", "not even JSON")
+    (bundle.path / CALIBRATION).unlink(missing_ok=True)
+    bundle.seal()
+    bundle.put(CALIBRATION, "not even JSON")
     assert load(bundle).tasks
 
 
