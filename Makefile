@@ -25,7 +25,7 @@ demo: $(STAMPS)/demo ## the whole path on one machine: plant, device, updates (D
 	$(BIN)/edge-deploy demo $(DEMO_ARGS)
 
 test: $(STAMPS)/dev ## the whole test suite (TEST_ARGS="-k spool")
-	@scripts/debian_packages.sh $$(scripts/test_packages.sh) || echo "tests that need them are reported as not run"
+	@.ci/debian_packages.sh $$(.ci/test_packages.sh) || echo "tests that need them are reported as not run"
 	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile $(TEST_ARGS)
 
 check: check-format check-lint check-types check-imports check-ansible check-units ## format, lint, types, import rules, Ansible and systemd files
@@ -43,10 +43,10 @@ check-imports: $(STAMPS)/dev
 	$(BIN)/lint-imports
 
 check-ansible: $(STAMPS)/dev
-	scripts/check_ansible.sh $(BIN)
+	.ci/check_ansible.sh $(BIN)
 
 check-units:
-	scripts/check_units.sh
+	.ci/check_units.sh
 
 bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this machine
 	$(BIN)/edge-agent bench --bundle $(BUNDLE) $(BENCH_ARGS)
@@ -62,7 +62,7 @@ wheel: $(STAMPS)/demo ## build dist/edge_agent-VERSION-py3-none-any.whl, what a 
 	@ls dist/edge_agent-*.whl
 
 docs: $(STAMPS)/dev ## regenerate the pages that are made from code
-	$(BIN)/python scripts/configuration_page.py > docs/configuration.md
+	$(BIN)/python docs/configuration_page.py > docs/configuration.md
 
 format: $(STAMPS)/dev ## put every file into the house's format
 	$(BIN)/ruff format .
@@ -73,7 +73,7 @@ clean: ## remove what these targets made, the environment too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
-	@test -x $(BIN)/python || scripts/make_venv.sh $(VENV)
+	@test -x $(BIN)/python || .ci/make_venv.sh $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/demo: $(STAMPS)/venv pyproject.toml

@@ -186,18 +186,6 @@ class Settings(BaseSettings):
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment above the file (which arrives as init settings); no dotenv, no secrets directory."""
-        return env_settings, init_settings
-
 
 def load_settings(config: Path | None, arguments: Sequence[str] = ()) -> Settings:
     """Read all sources and check them together.

@@ -91,15 +91,17 @@ class ModelExchange:
             finally:
                 self._side = None
                 worker.stop()
-        wrong = len(outcome.wrong)
-        first = f"; first: example {outcome.wrong[0].index} of {outcome.wrong[0].task}" if wrong else ""
+        if outcome.wrong:
+            detail = f"first, example {outcome.wrong[0].index} of {outcome.wrong[0].task}"
+        else:
+            detail = "" if outcome.total else "the bundle has no golden examples"
         return TrialResult(
-            passed=wrong == 0 and outcome.total > 0,
+            passed=outcome.total > 0 and not outcome.wrong,
             golden_total=outcome.total,
-            golden_wrong=wrong,
+            golden_wrong=len(outcome.wrong),
             p95_ms=outcome.p95_ms,
             peak_rss_bytes=outcome.peak_rss_bytes,
-            detail=f"{wrong} of {outcome.total} golden examples answered wrongly{first}",
+            detail=detail,
         )
 
     def stop_trial(self) -> None:

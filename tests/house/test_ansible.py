@@ -116,6 +116,6 @@ def test_a_setting_that_the_agent_does_not_know_is_found_by_the_validation(tmp_p
 @pytest.mark.timeout(180)
 def test_lint_and_syntax_pass() -> None:
     done = subprocess.run(
-        [ROOT / "scripts/check_ansible.sh", BIN], capture_output=True, text=True, check=False, timeout=170
+        [ROOT / ".ci/check_ansible.sh", BIN], capture_output=True, text=True, check=False, timeout=170
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ UNIT = ROOT / "systemd/edge-agent.service"
 
 def check_units(tree: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [tree / "scripts/check_units.sh"],
+        [tree / ".ci/check_units.sh"],
         env={**os.environ, "CI": "true"},
         capture_output=True,
         text=True,
@@ -28,7 +28,7 @@ def check_units(tree: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what the check reads, to plant faults in."""
-    for name in ("scripts", "systemd"):
+    for name in (".ci", "systemd"):
         shutil.copytree(ROOT / name, tmp_path / name)
     return tmp_path
 

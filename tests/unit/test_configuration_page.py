@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from docs.configuration_page import page
 from edge_agent.settings import Settings
-from scripts.configuration_page import page
 
 DOCS = Path(__file__).parents[2] / "docs"
 

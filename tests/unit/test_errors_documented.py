@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from scripts.error_codes import error_codes
+from docs.error_codes import error_codes
 
 PAGE = Path(__file__).parents[2] / "docs/errors.md"
 

@@ -1,6 +1,6 @@
 """Every error code that the source can raise, found by reading it.
 
-Run it to see the list: ``python scripts/error_codes.py``.
+Run it to see the list: ``python docs/error_codes.py``.
 """
 
 from __future__ import annotations
