@@ -39,7 +39,8 @@ tls = true
 sources = [{{ topic = "acme/ulm/pressing/+/+/alarms", task = "triage" }}]
 ```
 
-An unknown key or a bad value stops the start with one message that lists every fault (`settings.invalid`).
+An unknown key or a bad value stops the start with one message that lists every fault
+(`settings.invalid`) and exit status 2, upon which systemd does not try again.
 Units are part of the names: `_s` seconds, `_ms` milliseconds, `_bytes` bytes, `_per_s` per second.
 """
 

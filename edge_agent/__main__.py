@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: EdgeError) -> int:
     print(f"edge-agent: {printable(str(error))}", file=sys.stderr)
-    return 1
+    # Wrong settings are wrong usage: the unit does not start ten times what cannot start.
+    return 2 if error.code == "settings.invalid" else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -302,7 +302,7 @@ def test_an_unknown_setting_and_a_bad_value_are_both_named_and_the_daemon_does_n
         text=True,
         check=False,
     )
-    assert ran.returncode == 1
+    assert ran.returncode == 2, "the unit must not try again"
     assert "settings.invalid" in ran.stderr
     assert "mqtt.port" in ran.stderr
     assert "colour" in ran.stderr

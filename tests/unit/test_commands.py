@@ -64,9 +64,9 @@ def test_an_impossible_number_is_wrong_usage(arguments: list[str], capsys: pytes
     assert arguments[-1] in capsys.readouterr().err
 
 
-def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], *, status: int = 1) -> str:
     """The one line that a failing command prints."""
-    assert main(arguments) == 1
+    assert main(arguments) == status
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -94,7 +94,7 @@ def test_a_settings_file_nested_without_end_is_unreadable(tmp_path: Path, capsys
 def test_a_decision_topic_that_nobody_may_publish_on_is_refused_at_the_start(
     topic: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "node.decision_topic" in refusal(["run", f"--node.decision_topic={topic}"], capsys)
+    assert "node.decision_topic" in refusal(["run", f"--node.decision_topic={topic}"], capsys, status=2)
 
 
 def test_a_second_daemon_on_the_same_state_directory_is_refused(tmp_path: Path) -> None:
