@@ -217,7 +217,7 @@ def _only(names: Sequence[str]) -> str:
 
 def _quiet_libraries() -> None:
     # onnxruntime's quantiser configures the root logger for INFO when it is imported.
-    import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401
+    import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401 - for that side effect, once
 
     logging.getLogger().setLevel(logging.WARNING)
 

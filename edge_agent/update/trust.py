@@ -192,7 +192,7 @@ def _refresh(
 
 def _trusted_set(client: TufUpdater) -> TrustedMetadataSet:
     # The only private name of the library that we use; tests/update pins that it is there and takes effect.
-    return client._trusted_set  # noqa: SLF001
+    return client._trusted_set  # noqa: SLF001 - python-tuf offers no public view of what it trusts
 
 
 def _raise_floor(trusted: TrustedMetadataSet, floor: Floor | None, now: datetime, state_dir: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from edge_agent.contract.task import load_task
 from tests.fakes.brokers import BrokerProcess, mosquitto
+from tests.fakes.bundles import BundleVariant
 from tests.fakes.cut_proxy import CutProxy
 from tests.fakes.daemon import DECISIONS, EVENTS, TOPICS, Daemon, decisions_of, install, reported
 from tests.fakes.mqtt_peer import Peer, wait_until
@@ -201,7 +202,7 @@ def test_a_damaged_active_bundle_raises_an_alarm_and_a_new_order_mends_it(
     peer: Peer,
     broker: BrokerProcess,
     reference_bundle: Path,
-    variant: Callable[[], Any],
+    variant: Callable[[], BundleVariant],
 ) -> None:
     daemon.start()
     install(daemon, reference_bundle, peer, broker.port)
@@ -222,18 +223,13 @@ def test_a_damaged_active_bundle_raises_an_alarm_and_a_new_order_mends_it(
 
 
 def test_a_daemon_whose_newest_bundle_is_damaged_answers_with_the_one_before_it(
-    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], Any]
+    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], BundleVariant]
 ) -> None:
     daemon.start()
     install(daemon, reference_bundle, peer, broker.port)
-    newer = variant()
-    newer.put("tasks/triage/task.yaml", (newer.path / "tasks/triage/task.yaml").read_text() + "\n# newer\n")
-    newer.seal(lambda manifest: manifest.update(version="99.0.0"))
-    install(daemon, newer.path, peer, broker.port)
+    _install_newer(daemon, peer, broker, variant())
     daemon.end()
-    damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
-    damaged.chmod(0o600)
-    damaged.write_text("name: [")
+    _damage_newer(daemon)
     shutil.rmtree(daemon.directory / "registry")  # or the damage would soon be mended
     daemon.start()
     peer.deliver(EVENTS, an_event("after-damage"))
@@ -243,17 +239,12 @@ def test_a_daemon_whose_newest_bundle_is_damaged_answers_with_the_one_before_it(
 
 
 def test_a_bundle_damaged_in_service_is_replaced_by_the_one_before_it_and_then_mended(
-    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], Any]
+    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], BundleVariant]
 ) -> None:
     daemon.start()
     install(daemon, reference_bundle, peer, broker.port)
-    newer = variant()
-    newer.put("tasks/triage/task.yaml", (newer.path / "tasks/triage/task.yaml").read_text() + "\n# newer\n")
-    newer.seal(lambda manifest: manifest.update(version="99.0.0"))
-    install(daemon, newer.path, peer, broker.port)
-    damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
-    damaged.chmod(0o600)
-    damaged.write_text("name: [")
+    _install_newer(daemon, peer, broker, variant())
+    damaged = _damage_newer(daemon)
     daemon.kill_worker()
     wait_until(lambda: not daemon.alive)  # systemd starts it again
 
@@ -308,6 +299,21 @@ def test_an_unknown_setting_and_a_bad_value_are_both_named_and_the_daemon_does_n
     assert "colour" in ran.stderr
 
 
+def _install_newer(daemon: Daemon, peer: Peer, broker: BrokerProcess, newer: BundleVariant) -> None:
+    """A newer release whose task file is its own: everything else shares its blobs with the one before."""
+    newer.put("tasks/triage/task.yaml", (newer.path / "tasks/triage/task.yaml").read_text() + "\n# newer\n")
+    newer.seal(lambda manifest: manifest.update(version="99.0.0"))
+    install(daemon, newer.path, peer, broker.port)
+
+
+def _damage_newer(daemon: Daemon) -> Path:
+    """Write nonsense over the newer bundle's own task file; its path."""
+    damaged = next(p for p in daemon.state_dir.glob("slots/*/tasks/triage/task.yaml") if "# newer" in p.read_text())
+    damaged.chmod(0o600)
+    damaged.write_text("name: [")
+    return damaged
+
+
 def _fill(ballast: Path) -> None:
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(b"\0" * 4096):
@@ -324,7 +330,7 @@ def _in_spool(daemon: Daemon, table: str) -> int:
 
 
 def test_reported_names_the_refusal_of_a_release_that_answers_wrongly(
-    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], Any]
+    daemon: Daemon, peer: Peer, broker: BrokerProcess, reference_bundle: Path, variant: Callable[[], BundleVariant]
 ) -> None:
     daemon.start()
     install(daemon, reference_bundle, peer, broker.port)

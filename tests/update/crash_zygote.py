@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 # What the child needs is imported before the fork, tuf included.
-import tuf.ngclient  # noqa: F401
+import tuf.ngclient  # noqa: F401 - loaded once, before the forks
 
 from edge_agent.settings import UpdateSettings
 from edge_agent.update.updater import Updater
