@@ -35,7 +35,7 @@ from tuf.api.metadata import (
 from deploy.keys import Keys
 from deploy.metadata import RELEASES, Chain, open_chain, sign
 from edge_agent.errors import PermanentError, RefusedError, TransientError, from_os_error
-from edge_agent.fs import copy_durable, fsync_dir, move_durable, sha256_file, write_atomic
+from edge_agent.fs import copy_durable, make_dirs, move_durable, sha256_file, write_atomic
 
 LIFETIMES = {
     "targets": timedelta(days=90),
@@ -94,7 +94,7 @@ class Registry:
             raise RefusedError("registry.exists", f"{self.directory} already holds a registry")
         signers = {role: self._keys.signer(role) for role in LIFETIMES}
         for name in ("metadata", "targets", "blobs/sha256"):
-            _make_dirs(self.directory / name)
+            make_dirs(self.directory / name, mode=0o755)
         delegation = DelegatedRole(RELEASES, [], threshold=1, terminating=True, paths=[RELEASE_PATHS])
         targets = Targets(delegations=Delegations(keys={}, roles={RELEASES: delegation}))
         targets.add_key(signers[RELEASES].public_key, RELEASES)
@@ -153,7 +153,7 @@ class Registry:
             for path, target in wanted.items():
                 at = PurePosixPath(path)
                 folder = self.directory / "targets" / at.parent
-                _make_dirs(folder)
+                make_dirs(folder, mode=0o755)
                 self._save(folder / f"{target.hashes['sha256']}.{at.name}", targets[path])
             if all(path in known for path in wanted):
                 return False
@@ -178,7 +178,7 @@ class Registry:
                 rewritten while it was copied.
         """
         path = self.blob_path(sha256)
-        _make_dirs(path.parent)
+        make_dirs(path.parent, mode=0o755)
         temporary = path.with_name(f".{sha256}.{os.getpid()}.tmp")
         try:
             copy_durable(source, temporary)
@@ -227,14 +227,3 @@ class Registry:
             yield
         finally:
             os.close(fd)
-
-
-def _make_dirs(path: Path) -> None:
-    """Make a directory and its parents; every new entry is durable."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o755)
-        for made in missing:
-            fsync_dir(made.parent)
-    except OSError as error:
-        raise from_os_error(error, f"creating {path}") from error

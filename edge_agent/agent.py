@@ -185,8 +185,7 @@ class Agent:
 
     def on_desired(self, envelope: bytes) -> None:
         """Hand the desired state to the updater; an empty one changes nothing: the node keeps its model."""
-        if envelope:
-            self._updater.on_desired(envelope)
+        self._updater.on_desired(envelope)
 
     def on_connected(self) -> Sequence[tuple[str, bytes]]:
         """Retained messages that follow the birth."""

@@ -7,6 +7,7 @@ directory. Nothing else in the code base calls ``os.replace``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -36,11 +37,13 @@ def make_dirs(path: Path, *, mode: int = 0o750) -> None:
     """
     missing = [p for p in (path, *path.parents) if not p.exists()]
     try:
+        if not missing and not path.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         for directory in reversed(missing):
             directory.mkdir(mode=mode, exist_ok=True)
             fsync_dir(directory.parent)
     except OSError as error:
-        raise from_os_error(error, f"creating {path.name}") from error
+        raise from_os_error(error, f"creating {path}") from error
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o640) -> None:
