@@ -24,6 +24,8 @@ from edge_agent.fs import sha256_file
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MASKED_BIAS = -100.0
+"""What hides a position in a static graph: enough for the softmax, and no number that an NPU's compiler chokes on."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Target = Literal["cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"]
@@ -50,16 +52,50 @@ class FileEntry(_Model):
         return value
 
 
+class StaticWindow(_Model):
+    """One graph of a static model: it takes exactly ``tokens`` tokens a pass.
+
+    Args:
+        graph: its file inside the bundle.
+        tokens: positions a pass; fewer are padded on the right and masked.
+    """
+
+    graph: str
+    tokens: int = Field(ge=1)
+
+
 class ModelSpec(_Model):
     """The graph's shape, as the engine needs it.
 
-    Graph interface 1: inputs ``input_ids`` int64 [batch, seq], ``attention_mask`` int64 [batch, past + seq],
-    ``past_key_values.<layer>.key|value`` [batch, kv_heads, past, head_dim]; outputs ``logits`` float [batch, 1, vocab]
-    (last position only) and ``present.<layer>.key|value``.
+    Graph interface 1 (dynamic): inputs ``input_ids`` int64 [batch, seq], ``attention_mask`` int64 [batch, past + seq],
+    ``past_key_values.<layer>.key|value`` [batch, kv_heads, past, head_dim]; outputs ``logits`` float [batch, 1, rows]
+    (last position only) and ``present.<layer>.key|value``. With ``head``, the decoder gives ``hidden`` float
+    [batch, 1, hidden] in place of ``logits``, and the head's graph maps ``hidden`` to ``logits``. With ``ragged``, the
+    decoder also takes ``query_seqlens`` int32 [batch].
+
+    Graph interface 2 (static, for NPUs): every shape is fixed. A graph of ``windows`` with T tokens takes
+    ``input_ids`` int32 [1, T], ``position_ids`` int32 [1, T], ``attention_bias`` float [1, 1, T, past + T] (0 where a
+    position may be seen, `MASKED_BIAS` where not), ``past_key_values.<layer>.key|value`` [1, kv_heads, past, head_dim]
+    with past = ``past_tokens``; it gives ``logits`` float [1, T, rows] and ``present.<layer>.key|value``
+    [1, kv_heads, T, head_dim]: of the new positions only, which the engine copies into its own window.
+
+    Args:
+        decoder: the graph that is loaded first; in interface 2 the graph of the widest window.
+        head: graph of the output head where it is apart.
+        head_ids: file of the token ids that the head has rows for: int32 little-endian, ascending. None: every token.
+        windows: static graphs, widest first; interface 2 only.
+        past_tokens: positions that the static past window holds; interface 2 only.
+        vocab_size: token ids of the tokenizer and rows of the embedding; not the head's rows.
+        kv_dtype: element type of the caches.
     """
 
-    graph_interface: Literal[1] = 1
+    graph_interface: Literal[1, 2] = 1
     decoder: str
+    head: str | None = None
+    head_ids: str | None = None
+    ragged: bool | None = None
+    windows: tuple[StaticWindow, ...] | None = None
+    past_tokens: int | None = Field(default=None, ge=1)
     tokenizer: str
     architecture: str
     precision: str
@@ -68,9 +104,24 @@ class ModelSpec(_Model):
     num_kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     max_context_tokens: int = Field(ge=16)
-    kv_dtype: Literal["float32", "float16"] = "float32"
+    kv_dtype: Literal["float32", "float16", "int8"] = "float32"
     bos_token_id: int | None = None
     eos_token_id: int
+
+    @model_validator(mode="after")
+    def _interfaces_apart(self) -> ModelSpec:
+        static = self.graph_interface == 2
+        if static != bool(self.windows) or static != (self.past_tokens is not None):
+            raise ValueError("graph interface 2, and only it, has windows and past_tokens")
+        if static and (self.head is not None or self.ragged):
+            raise ValueError("a static graph has its head inside and takes one sequence")
+        return self
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """Every graph that the engine loads."""
+        windows = [window.graph for window in self.windows or () if window.graph != self.decoder]
+        return (self.decoder, *windows, *filter(None, (self.head,)))
 
 
 class Resources(_Model):
@@ -100,7 +151,9 @@ class Manifest(_Model):
         paths = [f.path for f in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
-        needed = [self.model.decoder, self.model.tokenizer, *(f"tasks/{t}/task.yaml" for t in self.tasks)]
+        head_ids = filter(None, (self.model.head_ids,))
+        tasks = (f"tasks/{task}/task.yaml" for task in self.tasks)
+        needed = [*self.model.graph_files, self.model.tokenizer, *head_ids, *tasks]
         missing = [path for path in needed if path not in paths]
         if missing:
             raise ValueError(f"files named but not listed: {', '.join(missing)}")
