@@ -122,6 +122,32 @@ def save_graph(model: ModelProto, path: Path, external_from_bytes: int = EXTERNA
     return [path, weights]
 
 
+def load_graph(path: Path) -> ModelProto:
+    """Read a graph that `save_graph` wrote, weights included.
+
+    Not by onnx.load: it refuses weights with more than one hard link, and stages share files by linking them.
+
+    Raises:
+        PermanentError: ``export.graph_unexpected`` when weights lie outside the graph's folder or are cut short.
+    """
+    model = ModelProto.FromString(path.read_bytes())
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        name, length = place["location"], int(place["length"])
+        if Path(name).name != name:
+            raise PermanentError("export.graph_unexpected", f"{tensor.name} lies outside the graph's folder")
+        with (path.parent / name).open("rb") as reader:
+            reader.seek(int(place["offset"]))
+            tensor.raw_data = reader.read(length)
+        if len(tensor.raw_data) != length:
+            raise PermanentError("export.graph_unexpected", f"{name} ends inside {tensor.name}")
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return model
+
+
 def _scratch_beside(path: Path) -> Path | None:
     # Beside the checkpoint a hard link is possible; elsewhere gigabytes would be copied.
     return path.parent if os.access(path.parent, os.W_OK) else None
