@@ -7,6 +7,9 @@ BUNDLE  := export/reference/bundle
 STAMPS  := $(VENV)/.stamps
 
 DEMO_ARGS  ?=
+BENCH_ARGS ?=
+# --shape qwen2.5-0.5b adds the larger shape, --write-docs rewrites docs/benchmarks-export.*
+FIGURES_ARGS ?=
 TEST_ARGS  ?=
 # Tests of one file stay in one process. More than two processes want more memory than a small machine has.
 TEST_JOBS  ?= 2
@@ -48,8 +51,9 @@ check-ansible: $(STAMPS)/dev
 check-units:
 	.ci/check_units.sh
 
-bench: $(STAMPS)/demo ## decisions per second of the reference bundle on this machine
+bench: $(STAMPS)/dev ## decisions per second of the reference bundle, and the exporter's figures beside its peers' (about 12 minutes)
 	$(BIN)/edge-agent bench --bundle $(BUNDLE) $(BENCH_ARGS)
+	$(BIN)/python -m tests.bench.export_figures $(FIGURES_ARGS)
 
 reference: $(STAMPS)/dev ## train the reference model and build its bundle from nothing (an hour on two cores)
 	$(BIN)/python -m export.reference --work build/reference --install
@@ -89,5 +93,5 @@ $(STAMPS)/torch: $(STAMPS)/venv
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	@echo "installing everything that tests and checks need"
-	@$(PIP) install --editable '.[export,fleet,demo,dev]'
+	@$(PIP) install --editable '.[export,fleet,demo,bench,dev]'
 	@touch $(STAMPS)/demo $@

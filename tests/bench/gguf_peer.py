@@ -1,0 +1,191 @@
+"""The peer's file: a checkpoint as llama.cpp would hold it, written with llama.cpp's own Python package.
+
+    python -m tests.bench.gguf_peer CHECKPOINT OUT.gguf
+
+Every matrix, the embedding too, is Q4_0 (18 bytes for 32 weights), as ``llama-quantize --pure`` makes it; norms and
+biases are F32; tokens and merges are inside. Without ``--pure`` llama-quantize keeps a tied embedding at more bits
+(`default_mix_bytes`): comparing with that would flatter us.
+
+Source: llama.cpp, ``convert_hf_to_gguf.py`` (LlamaModel, Qwen2Model) and ``llama-quant.cpp``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+Floats = npt.NDArray[np.float32]
+
+EMBEDDING = "token_embd.weight"
+_ARCHITECTURES = {
+    "llama": (gguf.MODEL_ARCH.LLAMA, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, gguf.LlamaFileType.MOSTLY_Q4_0),
+}
+_SUPER_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What was written.
+
+    Args:
+        file_bytes: the whole file.
+        tensor_bytes: its weights alone, without tokens, merges and padding.
+        embedding_shape: [vocab, hidden].
+    """
+
+    file_bytes: int
+    tensor_bytes: int
+    embedding_shape: tuple[int, int]
+
+
+def write_gguf(checkpoint: Path, out: Path) -> GgufFile:
+    """Write a checkpoint as Q4_0.
+
+    Args:
+        checkpoint: folder with config.json, one model.safetensors and a byte-level BPE tokenizer.json.
+        out: the file.
+
+    Returns:
+        Sizes.
+
+    Raises:
+        ValueError: an architecture or a tensor that this writer does not know.
+    """
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    if config["model_type"] not in _ARCHITECTURES:
+        raise ValueError(f"no GGUF conversion for {config['model_type']!r}")
+    architecture, file_type = _ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_file_type(int(file_type))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_shape(writer, config)
+    _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text("utf-8")), config)
+    tensor_bytes = 0
+    embedding_shape = (0, 0)
+    for name, weight in _tensors(checkpoint, config, architecture):
+        kind = gguf.GGMLQuantizationType.Q4_0 if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(weight, kind)
+        if name == EMBEDDING:
+            embedding_shape = (weight.shape[0], weight.shape[1])
+        tensor_bytes += packed.nbytes
+        writer.add_tensor(name, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufFile(out.stat().st_size, tensor_bytes, embedding_shape)
+
+
+def default_mix_bytes(written: GgufFile) -> int:
+    """Size of the same file as ``llama-quantize`` makes it without ``--pure``.
+
+    A tied embedding is the output head as well, and is kept at Q6_K, or at Q8_0 where a row is no multiple of 256.
+    """
+    rows, hidden = written.embedding_shape
+    kind = gguf.GGMLQuantizationType.Q8_0 if hidden % _SUPER_BLOCK else gguf.GGMLQuantizationType.Q6_K
+    return written.file_bytes + rows * (_row_bytes(hidden, kind) - _row_bytes(hidden, gguf.GGMLQuantizationType.Q4_0))
+
+
+def _row_bytes(weights: int, kind: gguf.GGMLQuantizationType) -> int:
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return weights // block_weights * block_bytes
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    writer.add_name("bench")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
+    model = tokenizer["model"]
+    special = {entry["id"] for entry in tokenizer["added_tokens"] if entry["special"]}
+    by_id = {number: token for token, number in model["vocab"].items()}
+    by_id.update({entry["id"]: entry["content"] for entry in tokenizer["added_tokens"]})
+    # The embedding may have more rows than there are tokens.
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(config["vocab_size"])]
+    kinds = [
+        gguf.TokenType.CONTROL if n in special else gguf.TokenType.NORMAL if n in by_id else gguf.TokenType.UNUSED
+        for n in range(len(tokens))
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(False)
+
+
+def _tensors(checkpoint: Path, config: dict[str, Any], architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, Floats]]:
+    """Weights under their GGUF names, one at a time: [out, in] or [size]."""
+    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as weights:
+        for source in sorted(weights.keys()):
+            name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ValueError(f"GGUF has no name for {source}")
+            weight: Floats = weights.get_tensor(source).float().numpy()
+            if architecture == gguf.MODEL_ARCH.LLAMA and source.endswith(("q_proj.weight", "k_proj.weight")):
+                which = "num_attention_heads" if source.endswith("q_proj.weight") else "num_key_value_heads"
+                weight = interleave_rotary(weight, config[which])
+            yield name, weight
+
+
+def interleave_rotary(weight: Floats, heads: int) -> Floats:
+    """Rows of a query or key projection in the order of llama.cpp's rotation, which turns neighbours.
+
+    Args:
+        weight: [heads * head_dim, hidden], where the rotation pairs row i of a head with row i + head_dim / 2.
+        heads: of this projection.
+
+    Returns:
+        The same rows, paired rows side by side.
+    """
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line (see the module's docstring); prints what was written as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gguf_peer")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args(argv)
+    written = write_gguf(arguments.checkpoint, arguments.out)
+    print(
+        json.dumps(
+            {
+                "file_bytes": written.file_bytes,
+                "tensor_bytes": written.tensor_bytes,
+                "default_mix_bytes": default_mix_bytes(written),
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
