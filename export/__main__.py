@@ -89,6 +89,7 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--evaluate-on", action="append", default=[], metavar="[TASK=]FILE", help="measure accuracy")
     build.add_argument("--quality", type=Path, metavar="FILE", help="embed figures that were measured before")
     build.add_argument("--sign-key", type=Path, metavar="FILE", help="Ed25519 private key (PEM); default: your own")
+    build.add_argument("--work", type=Path, metavar="DIR", help="keep the stages' outputs here and reuse them")
     build.add_argument("--force", action="store_true", help="replace an existing bundle at --out")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
     build.set_defaults(command=_build)
@@ -111,8 +112,10 @@ def _add_eval(commands: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from export.build import BuildRequest, Identity, Measurement, build, read_quality
+    from export.build import Workplace, build
+    from export.progress import best_progress
     from export.quantize import QuantSettings
+    from export.request import BuildRequest, Identity, Measurement, read_quality
     from export.signing import load_signing_key
 
     _quiet_libraries()
@@ -134,7 +137,7 @@ def _build(arguments: argparse.Namespace) -> int:
         ),
     )
     key = load_signing_key(arguments.sign_key)
-    result = build(request, arguments.out, key, force=arguments.force, log=_log)
+    result = build(request, arguments.out, key, Workplace(best_progress(), arguments.work, arguments.force))
     if arguments.json:
         print(json.dumps({"digest": result.digest, "out": str(arguments.out), "report": result.report}, indent=2))
     else:
@@ -220,10 +223,6 @@ def _quiet_libraries() -> None:
     import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401 - for that side effect, once
 
     logging.getLogger().setLevel(logging.WARNING)
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

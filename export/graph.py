@@ -130,7 +130,8 @@ def load_graph(path: Path) -> ModelProto:
     Raises:
         PermanentError: ``export.graph_unexpected`` when weights lie outside the graph's folder or are cut short.
     """
-    model = ModelProto.FromString(path.read_bytes())
+    model = ModelProto()
+    model.ParseFromString(path.read_bytes())
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
@@ -244,6 +245,14 @@ def insert_before(model: ModelProto, anchor: NodeProto, *nodes: NodeProto) -> No
     position = next(i for i, node in enumerate(model.graph.node) if node.name == anchor.name)
     for offset, node in enumerate(nodes):
         model.graph.node.insert(position + offset, node)
+
+
+def drop_unused_initializers(model: ModelProto) -> None:
+    """Remove weights that no node reads any more."""
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in list(model.graph.initializer):
+        if tensor.name not in used:
+            model.graph.initializer.remove(tensor)
 
 
 def _producer(model: ModelProto, tensor: str) -> NodeProto:

@@ -30,8 +30,15 @@ class TaskFolder:
 
     def files(self) -> dict[str, Path]:
         """Files that go into the bundle, by path inside it."""
-        names = [name for name in (TASK_NAME, GOLDEN_NAME, CALIBRATION_NAME) if (self.path / name).is_file()]
-        return {f"tasks/{self.spec.name}/{name}": self.path / name for name in names}
+        return self._present(TASK_NAME, GOLDEN_NAME, CALIBRATION_NAME)
+
+    def calibration(self) -> dict[str, Path]:
+        """The calibration that came with the task, by path inside the bundle; empty where there is none."""
+        return self._present(CALIBRATION_NAME)
+
+    def _present(self, *names: str) -> dict[str, Path]:
+        present = [name for name in names if (self.path / name).is_file()]
+        return {f"tasks/{self.spec.name}/{name}": self.path / name for name in present}
 
 
 def open_tasks(folders: Sequence[Path], max_context_tokens: int) -> list[TaskFolder]:

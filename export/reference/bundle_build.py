@@ -29,13 +29,15 @@ from edge_agent.errors import EdgeError
 from edge_agent.fs import write_atomic
 from edge_agent.runtime.bundle import open_installed_bundle, open_signed_bundle
 from edge_agent.runtime.engine import Engine
-from export.build import BuildRequest, Identity, Measurement, Precision, build, read_quality
+from export.build import Workplace, build
 from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
 from export.evaluate import Quality, evaluate, read_labelled
 from export.greedy import GreedyDecoder
 from export.measure import DEADLINE_S, THREADS, bundle_backend
+from export.progress import LineProgress
 from export.quantize import BLOCK_SIZES, METHODS, QuantSettings
 from export.reference.generator import generate
+from export.request import BuildRequest, Identity, Measurement, Precision, read_quality
 from export.signing import load_signing_key
 from export.tasks import GOLDEN_NAME, TASK_NAME
 
@@ -101,7 +103,7 @@ def _build_and_sign(key_file: Path | None) -> None:
     signature = (BUNDLE / SIGNATURE_NAME).read_bytes() if (BUNDLE / SIGNATURE_NAME).is_file() else None
     before = read_manifest(BUNDLE)[1] if (BUNDLE / MANIFEST_NAME).is_file() else None
     key = load_signing_key(key_file) if key_file else generate_key()
-    result = build(reference_request(), BUNDLE, key, force=True, log=_log)
+    result = build(reference_request(), BUNDLE, key, Workplace(LineProgress(), force=True))
     if key_file is None and result.digest == before and signature is not None:
         # Nothing has changed, so the signature that was there still holds.
         write_atomic(BUNDLE / SIGNATURE_NAME, signature, mode=0o644)
@@ -196,7 +198,7 @@ def quality_of(bundle: Path, task: TaskSpec, rows: list[GoldenExample]) -> Quali
 def built(request: BuildRequest) -> Iterator[Path]:
     """A bundle in a temporary directory, signed by nobody in particular."""
     with tempfile.TemporaryDirectory() as folder:
-        build(request, Path(folder) / "bundle", generate_key(), force=False, log=_log)
+        build(request, Path(folder) / "bundle", generate_key(), Workplace(LineProgress()))
         yield Path(folder) / "bundle"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.task import load_task
-from export.build import BuildRequest, BuildResult, Identity, Measurement, build
+from export.build import BuildResult, Workplace, build
 from export.greedy import GreedyDecoder
+from export.progress import QuietProgress
 from export.quantize import QuantSettings
+from export.request import BuildRequest, Identity, Measurement
 from export.synth import synthesise
 
 TINY: dict[str, Any] = {
@@ -60,8 +63,7 @@ EVENTS: tuple[dict[str, Any], ...] = (
 Build = Callable[..., BuildResult]
 
 
-def quiet(line: str) -> None:
-    """Takes the log lines of a build."""
+QUIET = Workplace(QuietProgress())
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +87,7 @@ def task_folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "task.yaml").write_text(TASK)
     request = BuildRequest(llama, (plain,), Identity("tiny", "1.0.0", "cpu-x86_64"))
     bundle = plain / "bundle"
-    result = build(request, bundle, generate_key(), force=False, log=quiet)
+    result = build(request, bundle, generate_key(), QUIET)
     model = result.manifest.model
     oracle = GreedyDecoder(bundle / model.decoder, bundle / model.tokenizer, model)
     task = load_task(folder / "task.yaml")
@@ -98,7 +100,9 @@ def task_folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_bundle(llama: Path, task_folder: Path) -> Build:
     """Builds a bundle of the tiny checkpoint; keyword arguments change the request."""
 
-    def make(out: Path, *, checkpoint: Path = llama, force: bool = False, **changes: Any) -> BuildResult:
+    def make(
+        out: Path, *, checkpoint: Path = llama, force: bool = False, work: Path | None = None, **changes: Any
+    ) -> BuildResult:
         fields: dict[str, Any] = {
             "tasks": (task_folder,),
             "identity": Identity("tiny", "1.0.0", "cpu-x86_64"),
@@ -106,7 +110,9 @@ def make_bundle(llama: Path, task_folder: Path) -> Build:
             "measurement": Measurement(),
             **changes,
         }
-        return build(BuildRequest(checkpoint=checkpoint, **fields), out, generate_key(), force=force, log=quiet)
+        return build(
+            BuildRequest(checkpoint=checkpoint, **fields), out, generate_key(), replace(QUIET, force=force, work=work)
+        )
 
     return make
 

@@ -15,9 +15,10 @@ from edge_agent.contract.event import Event
 from edge_agent.contract.task import GoldenExample, parse_task
 from edge_agent.errors import EdgeError, RefusedError
 from export.calibrate import MIN_ROWS, Trial, best_temperature, calibration_bytes
-from export.evaluate import Outcome, evaluate, expected_calibration_error
+from export.evaluate import Outcome, evaluate
 from export.greedy import Choice
 from export.measure import read_temperatures
+from export.reliability import expected_calibration_error
 from export.report import report_html_bytes
 from tests.export.conftest import TASK
 

@@ -12,12 +12,12 @@ import pytest
 
 from edge_agent.contract.manifest import ModelSpec, read_manifest
 from edge_agent.errors import EdgeError
-from export.build import _model_spec
 from export.graph import _check_rotary, build_fp32, graph_shape, save_graph
 from export.greedy import Floats, StepModel
 from export.parity import TOLERANCE, against_transformers, between
 from export.quantize import METHODS, QuantSettings, quantize_int4
 from export.source import ARCHITECTURES, open_checkpoint
+from export.stages.fuse import fp32_spec
 from export.synth import SHAPES, synthesise
 from tests.export.conftest import TINY, change_config
 
@@ -28,7 +28,7 @@ def fp32_graph(checkpoint: Path, folder: Path) -> tuple[Path, ModelSpec]:
     opened = open_checkpoint(checkpoint)
     model = build_fp32(opened, CONTEXT)
     save_graph(model, folder / "fp32.onnx")
-    return folder / "fp32.onnx", _model_spec(opened, model, CONTEXT, "fp32")
+    return folder / "fp32.onnx", fp32_spec(opened, model, CONTEXT)
 
 
 def test_every_accepted_architecture_has_a_shape_to_test_it_with() -> None:
@@ -120,7 +120,7 @@ def test_nothing_of_this_machine_is_in_the_graph(checkpoint: Path) -> None:
 def test_large_weights_lie_beside_the_graph_and_load(llama: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(llama)
     model = build_fp32(opened, CONTEXT)
-    spec = _model_spec(opened, model, CONTEXT, "fp32")
+    spec = fp32_spec(opened, model, CONTEXT)
     inside = save_graph(model, tmp_path / "inside.onnx")
     outside = save_graph(model, tmp_path / "outside.onnx", external_from_bytes=0)
     assert [file.name for file in inside] == ["inside.onnx"]

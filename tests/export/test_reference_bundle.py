@@ -18,7 +18,7 @@ from export.evaluate import evaluate, read_labelled
 from export.greedy import GreedyDecoder
 from export.measure import bundle_backend
 from export.reference.bundle_build import BUNDLE, HELDOUT, QUALITY, reference_request
-from tests.export.conftest import quiet
+from tests.export.conftest import QUIET
 
 MAX_BYTES = 6_000_000
 REPORTS = {"report.json", "report.html"}
@@ -46,7 +46,7 @@ def test_committed_bundle_is_what_the_exporter_makes_of_the_committed_checkpoint
     bundle: VerifiedBundle, tmp_path: Path
 ) -> None:
     rebuilt = tmp_path / "bundle"
-    result = build(reference_request(), rebuilt, generate_key(), force=False, log=quiet)
+    result = build(reference_request(), rebuilt, generate_key(), QUIET)
     assert without_measured(result.manifest) == without_measured(bundle.manifest)
     committed_report = json.loads((BUNDLE / "report.json").read_text())
     same_measurement = committed_report["parity"] == result.report["parity"]

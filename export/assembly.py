@@ -1,0 +1,120 @@
+"""What is put together into a bundle's folder, and the manifest that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from edge_agent.contract.manifest import Manifest, ModelSpec, Resources
+from edge_agent.errors import RefusedError
+from export.bundle import list_files, tool_versions, write_file, write_manifest
+from export.request import Identity
+from export.source import TOKENIZER_NAME, Checkpoint
+from export.stages.layout import MODEL_DIR, read_spec
+from export.tasks import TaskFolder
+
+MINIMUM_RUNTIME = {"onnxruntime": "1.32.0"}
+RUNTIME_BASE_BYTES = 120 << 20
+
+Place = Callable[[Path, Path], None]
+"""Brings a file of an earlier stage to its place: a copy that survives a power cut, or a link for a look."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A bundle's ingredients.
+
+    Args:
+        identity: name, version, target.
+        checkpoint: where the weights came from.
+        tasks: the tasks.
+        model: folder with ``model/…`` and ``spec.json``.
+        texts: small files made by the build, by path inside the bundle: calibration, report card.
+        quality: figures for the manifest.
+        provenance: further facts for the manifest.
+    """
+
+    identity: Identity
+    checkpoint: Checkpoint
+    tasks: tuple[TaskFolder, ...]
+    model: Path
+    texts: Mapping[str, bytes]
+    quality: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
+    """Bring everything to its place and write the manifest, last of all.
+
+    Args:
+        parts: the ingredients.
+        folder: an empty folder.
+        place: how large files are brought.
+
+    Raises:
+        RefusedError: ``export.manifest_invalid``.
+        EdgeError: ``disk.*``.
+    """
+    spec = read_spec(parts.model)
+    for file in sorted((parts.model / MODEL_DIR).iterdir()):
+        target = folder / MODEL_DIR / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place(file, target)
+    place(parts.checkpoint.path / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    for task in parts.tasks:
+        for name, source in task.files().items():
+            write_file(folder, name, source.read_bytes())
+    for name, content in parts.texts.items():
+        write_file(folder, name, content)
+    manifest = _manifest(parts, spec, folder)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the weights came from, for manifest and report card."""
+    return {
+        "sha256": checkpoint.sha256,
+        "files": dict(sorted(checkpoint.file_hashes.items())),
+        "architecture": checkpoint.architecture,
+        "parameters": checkpoint.parameters,
+    }
+
+
+def _manifest(parts: Parts, spec: ModelSpec, folder: Path) -> Manifest:
+    files = list_files(folder)
+    disk_bytes = sum(entry.size for entry in files)
+    try:
+        return Manifest.model_validate(
+            {
+                "name": parts.identity.name,
+                "version": parts.identity.version,
+                "target": parts.identity.target,
+                "model": spec,
+                "tasks": tuple(task.spec.name for task in parts.tasks),
+                "files": files,
+                "minimum_runtime": MINIMUM_RUNTIME,
+                "resources": Resources(disk_bytes=disk_bytes, ram_bytes=ram_bytes(spec, disk_bytes)),
+                "quality": parts.quality,
+                "provenance": {
+                    "checkpoint": checkpoint_facts(parts.checkpoint),
+                    "precision": spec.precision,
+                    "tools": tool_versions(),
+                    **parts.provenance,
+                },
+            }
+        )
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RefusedError("export.manifest_invalid", faults) from error
+
+
+def ram_bytes(spec: ModelSpec, disk_bytes: int) -> int:
+    """Estimate for the worker: libraries, weights twice (file and prepacked), caches at full context."""
+    element_bytes = {"float32": 4, "float16": 2, "int8": 1}[spec.kv_dtype]
+    kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.max_context_tokens * element_bytes
+    return RUNTIME_BASE_BYTES + 2 * disk_bytes + 2 * kv_bytes

@@ -1,0 +1,123 @@
+"""What a build is asked for: everything that decides a bundle's bytes, and what it may use to prove them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from edge_agent.contract.manifest import Name
+from edge_agent.contract.task import GoldenExample
+from edge_agent.errors import PermanentError, RefusedError
+from export.evaluate import read_labelled
+from export.quantize import QuantSettings
+from export.tasks import TaskFolder
+
+Precision = Literal["int4", "fp32"]
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the bundle is called.
+
+    Raises:
+        RefusedError: ``export.name_invalid`` for what no path or topic could carry.
+    """
+
+    name: str
+    version: str
+    target: str
+
+    def check(self) -> None:
+        """Refuse names before any work begins."""
+        for what, value in (("name", self.name), ("version", self.version)):
+            try:
+                _NAME.validate_python(value)
+            except ValidationError as error:
+                raise RefusedError("export.name_invalid", f"{what} {value!r}: {error.errors()[0]['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Labelled events by task name, and figures that were measured before.
+
+    Args:
+        calibrate_on: events to fit temperatures on.
+        evaluate_on: events to measure accuracy on, every precision.
+        quality: task -> precision -> figures of `export.evaluate.Quality`, taken as they are.
+    """
+
+    calibrate_on: dict[str, Path] = field(default_factory=dict)
+    evaluate_on: dict[str, Path] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled events of one task."""
+
+    calibrate_on: list[GoldenExample]
+    evaluate_on: list[GoldenExample]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything that decides a bundle's bytes.
+
+    Args:
+        checkpoint: folder of the Hugging Face checkpoint.
+        tasks: task folders.
+        identity: name, version and target.
+        precision: of the weights.
+        quantisation: method, block size and exceptions, for INT4.
+        max_context_tokens: longest text; rotary tables are cut to it.
+        measurement: labelled events and figures.
+    """
+
+    checkpoint: Path
+    tasks: tuple[Path, ...]
+    identity: Identity
+    precision: Precision = "int4"
+    quantisation: QuantSettings = field(default_factory=QuantSettings)
+    max_context_tokens: int = 2048
+    measurement: Measurement = field(default_factory=Measurement)
+
+
+def read_quality(path: Path) -> dict[str, Any]:
+    """Read figures for `Measurement.quality`.
+
+    Raises:
+        PermanentError: ``export.quality_invalid``.
+    """
+    try:
+        parsed = json.loads(path.read_text("utf-8"))
+        complete = all(set(f["accuracy"]) == set(f["ece"]) and f["rows"] for by in parsed.values() for f in by.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PermanentError("export.quality_invalid", f"{path}: {error}") from error
+    if not complete:
+        raise PermanentError("export.quality_invalid", f"{path}: accuracy, ece and rows are needed")
+    result: dict[str, Any] = parsed
+    return result
+
+
+def read_all_labelled(measurement: Measurement, tasks: list[TaskFolder]) -> dict[str, Labelled]:
+    """Read all labelled events before the long work begins.
+
+    Raises:
+        RefusedError: ``export.task_unknown``.
+        PermanentError: ``export.data_*``.
+    """
+    known = {task.spec.name for task in tasks}
+    for name in {*measurement.calibrate_on, *measurement.evaluate_on, *measurement.quality}:
+        if name not in known:
+            raise RefusedError("export.task_unknown", f"no task {name!r} among: {', '.join(sorted(known))}")
+
+    def rows(files: dict[str, Path], task: TaskFolder) -> list[GoldenExample]:
+        file = files.get(task.spec.name)
+        return read_labelled(file, task.spec) if file else []
+
+    return {t.spec.name: Labelled(rows(measurement.calibrate_on, t), rows(measurement.evaluate_on, t)) for t in tasks}

@@ -1,0 +1,34 @@
+"""Names of what the stages leave for each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from edge_agent.contract.manifest import ModelSpec
+
+MODEL_DIR = "model"
+DECODER = f"{MODEL_DIR}/decoder.onnx"
+PARITY_NAME = "parity.json"
+PROOF_NAME = "proof.json"
+SPEC_NAME = "spec.json"
+
+
+def write_spec(folder: Path, spec: ModelSpec) -> None:
+    """Write ``spec.json``."""
+    (folder / SPEC_NAME).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", "utf-8")
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read ``spec.json`` of an earlier stage (whose hash the pipeline has checked)."""
+    return ModelSpec.model_validate_json((folder / SPEC_NAME).read_bytes())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Take a file over from an earlier stage: for nothing where the file system can, by copying where not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,77 @@
+"""Stage *package*: report card, manifest, signature; the bundle appears whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from edge_agent.contract.manifest import Manifest
+from edge_agent.fs import copy_durable
+from export.assembly import Parts, assemble, checkpoint_facts
+from export.boards import buildable_board
+from export.bundle import fresh_directory, tool_versions
+from export.graph import load_graph
+from export.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
+from export.signing import sign_bundle
+from export.source import TOKENIZER_NAME
+from export.stages.layout import DECODER, MODEL_DIR, PROOF_NAME, read_spec
+from export.stages.prove import calibration_texts
+
+
+def package(
+    parts: Parts, proven: Path, out: Path, key: Ed25519PrivateKey, *, force: bool
+) -> tuple[str, Manifest, dict[str, Any]]:
+    """Put the bundle together, sign it and let it appear.
+
+    Args:
+        parts: the ingredients, without calibration and report card.
+        proven: outputs of stage *prove*.
+        out: the bundle's directory.
+        key: signs the manifest.
+        force: whether an existing bundle is replaced.
+
+    Returns:
+        Digest, manifest and report.
+
+    Raises:
+        EdgeError: ``export.out_exists``, ``export.manifest_invalid``, ``disk.*``.
+    """
+    calibration = calibration_texts(proven)
+    report = _report(parts, proven, calibration)
+    texts = {**calibration, REPORT_JSON: report_json_bytes(report), REPORT_HTML: report_html_bytes(report)}
+    with fresh_directory(out, force=force) as folder:
+        manifest = assemble(replace(parts, texts=texts, quality=report["quality"]), folder, copy_durable)
+        digest = sign_bundle(folder, key)
+    return digest, manifest, report
+
+
+def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[str, Any]:
+    proof = json.loads((proven / PROOF_NAME).read_text("utf-8"))
+    identity, spec = parts.identity, read_spec(parts.model)
+    model_bytes = sum(file.stat().st_size for file in (parts.model / MODEL_DIR).iterdir())
+    return {
+        "format": 1,
+        "bundle": {"name": identity.name, "version": identity.version, "target": identity.target},
+        "precision": spec.precision,
+        "verification": buildable_board(identity.target).verification,
+        "size_bytes": {
+            **size_by_part(load_graph(parts.model / DECODER), model_bytes),
+            "tokenizer": (parts.checkpoint.path / TOKENIZER_NAME).stat().st_size,
+        },
+        "checkpoint": checkpoint_facts(parts.checkpoint),
+        "tools": tool_versions(),
+        "parity": proof["parity"],
+        "calibration": _temperatures(parts, calibration),
+        "quality": proof["quality"],
+    }
+
+
+def _temperatures(parts: Parts, fitted: dict[str, bytes]) -> dict[str, dict[str, float]]:
+    """Temperatures by task: those fitted by this build, else those that came with the task."""
+    given = {name: file.read_bytes() for task in parts.tasks for name, file in task.calibration().items()}
+    merged = {**given, **fitted}
+    return {name.split("/")[1]: json.loads(content)["temperature"] for name, content in sorted(merged.items())}

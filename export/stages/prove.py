@@ -1,0 +1,164 @@
+"""Stage *prove*: what the specialised model is worth, measured with the device's own engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from edge_agent.contract.manifest import read_manifest
+from edge_agent.errors import RefusedError
+from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.engine import Engine
+from export.assembly import Parts, assemble
+from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
+from export.evaluate import evaluate
+from export.greedy import GreedyDecoder, StepModel
+from export.measure import DEADLINE_S, THREADS, bundle_backend
+from export.parity import Agreement, between
+from export.pipeline import Progress
+from export.request import Labelled
+from export.source import TOKENIZER_NAME
+from export.stages.layout import PROOF_NAME, link_or_copy, read_spec
+from export.tasks import TaskFolder
+
+MAX_PARITY_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is to be proven.
+
+    Args:
+        parts: the bundle's ingredients, without calibration and report card.
+        full: folder of the same model in fp32, laid out like ``parts.model``; the yardstick.
+        precision: name of the candidate's precision in figures: ``int4``, ``fp32``.
+    """
+
+    parts: Parts
+    full: Path
+    precision: str
+
+
+def prove(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, progress: Progress) -> None:
+    """Measure.
+
+    Args:
+        candidate: the model.
+        labelled: labelled events by task.
+        folder: receives ``proof.json`` and ``tasks/<task>/calibration.json``.
+        progress: is told the figures.
+
+    Raises:
+        RefusedError: ``export.golden_failed``: every device would refuse this bundle.
+    """
+    tasks = candidate.parts.tasks
+    proof: dict[str, Any] = {"parity": _parity(candidate, progress)}
+    for task in tasks:
+        rows = labelled[task.spec.name].calibrate_on
+        if rows:
+            found = fit_temperatures(_oracle(candidate), task.spec, rows)
+            target = folder / "tasks" / task.spec.name / CALIBRATION_NAME
+            target.parent.mkdir(parents=True)
+            target.write_bytes(calibration_bytes(found))
+            progress.line(f"{task.spec.name}: temperatures {found} from {len(rows)} events")
+    with _looked_at(candidate.parts, calibration_texts(folder)) as bundle:
+        proof["quality"] = _quality(candidate, bundle, labelled, progress)
+        _answer_golden(bundle, progress)
+    (folder / PROOF_NAME).write_text(json.dumps(proof, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def calibration_texts(proven: Path) -> dict[str, bytes]:
+    """The calibration files of this stage by their path inside a bundle."""
+    files = sorted(proven.glob(f"tasks/*/{CALIBRATION_NAME}"))
+    return {file.relative_to(proven).as_posix(): file.read_bytes() for file in files}
+
+
+def _parity(candidate: Candidate, progress: Progress) -> dict[str, Any]:
+    # The difference itself is left out: it depends on the machine, that it is small enough does not.
+    parity: dict[str, Any] = {"fp32_matches_transformers": True}
+    if candidate.precision != "fp32":
+        agreement = _agreement(candidate)
+        parity[f"{candidate.precision}_against_fp32"] = agreement.as_dict()
+        progress.line(
+            f"{candidate.precision} graph: same top token as fp32 at {agreement.same_top1} of "
+            f"{agreement.positions} positions"
+        )
+    return parity
+
+
+def _agreement(candidate: Candidate) -> Agreement:
+    tasks = candidate.parts.tasks
+    oracle = _oracle(candidate)
+    texts = [
+        (oracle.prompt(task.spec, dict(example.event)), oracle.answer_ids(dict(example.decision)))
+        for task in tasks
+        for example in task.golden[:MAX_PARITY_TEXTS]
+    ]
+    if not texts:
+        # Without golden examples the prefixes are all that is known of the input.
+        texts = [([1, 2, 3], oracle.answer_ids({"text": task.spec.prompt.prefix})) for task in tasks]
+    return between(_steps(candidate.full), _steps(candidate.parts.model), texts)
+
+
+def _quality(
+    candidate: Candidate, bundle: Path, labelled: Mapping[str, Labelled], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    quality: dict[str, dict[str, Any]] = {name: dict(by) for name, by in candidate.parts.quality.items()}
+    measured = [task for task in candidate.parts.tasks if labelled[task.spec.name].evaluate_on]
+    if not measured:
+        return quality
+    fp32 = replace(candidate.parts, model=candidate.full)
+    with _looked_at(fp32, {}) as yardstick:
+        for task in measured:
+            name, rows = task.spec.name, labelled[task.spec.name].evaluate_on
+            for precision, place in {"fp32": yardstick, candidate.precision: bundle}.items():
+                with bundle_backend(place, task.spec) as decide:
+                    found = evaluate(decide, rows, task.spec)
+                quality.setdefault(name, {})[precision] = found.as_dict()
+                progress.line(f"{name}: {precision} right in every field for {found.exact:.2%} of {found.rows} events")
+    return quality
+
+
+def _answer_golden(bundle: Path, progress: Progress) -> None:
+    """Load the bundle with the device's engine and refuse what a device's trial would refuse."""
+    engine = Engine(open_installed_bundle(bundle, read_manifest(bundle)[1]), THREADS)
+    total = 0
+    for name in engine.tasks:
+        for number, example in enumerate(engine.golden(name), start=1):
+            total += 1
+            # Without the task's deadline: a busy build machine says nothing about a device's speed.
+            answer = engine.decide(name, dict(example.event), deadline_s=DEADLINE_S)
+            if answer.decision != example.decision:
+                raise RefusedError(
+                    "export.golden_failed",
+                    f"golden example {number} of task {name!r} is answered {answer.decision}, not {example.decision}",
+                )
+    progress.line(f"engine: {total} golden examples answered as they must be")
+
+
+@contextmanager
+def _looked_at(parts: Parts, texts: Mapping[str, bytes]) -> Iterator[Path]:
+    """A bundle without report card or signature, for this machine's eyes only."""
+    with TemporaryDirectory(dir=parts.model.parent, prefix=".look-", suffix=".partial") as scratch:
+        assemble(replace(parts, texts=texts), Path(scratch), link_or_copy)
+        yield Path(scratch)
+
+
+def _oracle(candidate: Candidate) -> GreedyDecoder:
+    model, spec = candidate.parts.model, read_spec(candidate.parts.model)
+    return GreedyDecoder(model / spec.decoder, candidate.parts.checkpoint.path / TOKENIZER_NAME, spec, threads=THREADS)
+
+
+def _steps(model: Path) -> StepModel:
+    spec = read_spec(model)
+    return StepModel(model / spec.decoder, spec, threads=THREADS)
+
+
+def task_bytes(tasks: tuple[TaskFolder, ...]) -> dict[str, str]:
+    """Content of every task file, as part of the stage's key."""
+    return {name: source.read_text("utf-8") for task in tasks for name, source in task.files().items()}
