@@ -30,8 +30,8 @@ from export.reference.evaluate import TASK_FILE, Accuracy, TorchDecider, compare
 from export.reference.examples import Batch, Encoder, batches, canonical_answer, shard
 from export.reference.forward import hidden_states
 from export.reference.generator import generate
-from export.reference.quantisation import int4_weights
 from export.reference.tokenizer import EOS, PAD, load_tokenizer, save_tokenizer, train_tokenizer
+from export.rounding import int4_weights
 
 log = logging.getLogger(__name__)
 
