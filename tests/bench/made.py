@@ -1,0 +1,156 @@
+"""What is measured: checkpoints, the bundles that the exporter makes of them, the peers' files of the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.contract.dsse import generate_key, private_key_to_pem
+from edge_agent.contract.manifest import Manifest, read_manifest
+from tests.bench.cache import CACHE, ROOT, cached, files_digest, versions_of
+from tests.bench.measured_run import Run, run_measured
+
+HERE = Path(__file__).parent
+REFERENCE = ROOT / "export" / "reference"
+GGUF_NAME = "model-q4_0.gguf"
+PRINTED = "printed.json"
+TARGET = "cpu-x86_64"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle and what making it took."""
+
+    bundle: Path
+    run: Run
+
+    @property
+    def graph_bytes(self) -> int:
+        """The files of the model: graphs, weights beside them, head ids."""
+        return graph_bytes(self.bundle)
+
+
+@dataclass(frozen=True)
+class GgufPeer:
+    """llama.cpp's file.
+
+    Args:
+        path: the file.
+        file_bytes: all of it.
+        tensor_bytes: its weights alone.
+        default_mix_bytes: the whole file as ``llama-quantize`` makes it without ``--pure``.
+    """
+
+    path: Path
+    file_bytes: int
+    tensor_bytes: int
+    default_mix_bytes: int
+
+
+def graph_bytes(bundle: Path) -> int:
+    """Bytes of everything under ``model/`` of a bundle."""
+    manifest: Manifest = read_manifest(bundle)[0]
+    return sum(entry.size for entry in manifest.files if entry.path.startswith("model/"))
+
+
+def python_module(module: str, *arguments: str | Path) -> list[str | Path]:
+    """A command line of this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def synthetic_checkpoint(shape: str) -> Path:
+    """Random weights in a published shape, as ``edge-export synth`` makes them."""
+    key = {
+        "shape": shape,
+        "synth": files_digest(ROOT / "export" / "synth.py"),
+        "versions": versions_of("torch", "transformers", "tokenizers", "safetensors"),
+    }
+
+    def make(folder: Path) -> None:
+        run_measured(python_module("export", "synth", "--like", shape, folder), cwd=ROOT)
+
+    return cached(f"checkpoint-{shape}", key, make)
+
+
+def task_without_golden() -> Path:
+    """The reference task; its golden examples are answers of the reference model and of no other."""
+    source = REFERENCE / "task" / "task.yaml"
+
+    def make(folder: Path) -> None:
+        shutil.copyfile(source, folder / source.name)
+
+    return cached("task", {"task": files_digest(source)}, make)
+
+
+def domain_text() -> Path:
+    """What a plant's events look like, a line each: the text that a row-pruned head is made from."""
+    source = REFERENCE / "data" / "heldout.jsonl"
+
+    def make(folder: Path) -> None:
+        lines = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in lines)
+        (folder / "domain.txt").write_text(text, "utf-8")
+
+    return cached("domain", {"data": files_digest(source)}, make) / "domain.txt"
+
+
+def build_bundle(checkpoint: Path, name: str, arguments: Sequence[str | Path] = ()) -> Built:
+    """Run ``edge-export build`` from nothing, in a process of its own; never from the cache, since time is a figure.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        name: of the bundle's folder below ``build/bench``.
+        arguments: further ones of the command.
+
+    Raises:
+        CommandFailedError: the build refused or failed.
+    """
+    out = CACHE / "bundles" / name
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = python_module("export", "build", checkpoint, "--target", TARGET, "--task", task_without_golden())
+    command += ["--out", out, "--name", "bench", "--sign-key", _signing_key(), *arguments]
+    return Built(out, run_measured(command, cwd=ROOT))
+
+
+def gguf_peer(name: str, checkpoint: Path) -> GgufPeer:
+    """The checkpoint as Q4_0 GGUF."""
+    key = {
+        "checkpoint": files_digest(checkpoint),
+        "writer": files_digest(HERE / "gguf_peer.py"),
+        "versions": versions_of("gguf"),
+    }
+
+    def make(folder: Path) -> None:
+        written = run_measured(python_module("tests.bench.gguf_peer", checkpoint, folder / GGUF_NAME), cwd=ROOT)
+        (folder / PRINTED).write_text(written.stdout, "utf-8")
+
+    folder = cached(f"gguf-{name}", key, make)
+    return GgufPeer(folder / GGUF_NAME, **json.loads((folder / PRINTED).read_text("utf-8")))
+
+
+def optimum_peer(name: str, checkpoint: Path) -> Path:
+    """The checkpoint as optimum's graph with MatMulNBits: the folder of ``model.onnx`` and its weights."""
+    key = {
+        "checkpoint": files_digest(checkpoint),
+        "writer": files_digest(HERE / "optimum_peer.py"),
+        "versions": versions_of("optimum", "optimum-onnx", "onnxruntime", "torch", "transformers"),
+    }
+
+    def make(folder: Path) -> None:
+        run_measured(python_module("tests.bench.optimum_peer", checkpoint, folder), cwd=ROOT)
+
+    return cached(f"optimum-{name}", key, make)
+
+
+def _signing_key() -> Path:
+    # Not the developer's own: a benchmark's bundles are nothing that anybody should trust.
+    path = CACHE / "signing.pem"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(private_key_to_pem(generate_key()))
+    return path
