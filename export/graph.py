@@ -28,6 +28,8 @@ from export.source import CONFIG_NAME, INDEX_NAME, Checkpoint
 
 EMBEDDING = "model.embed_tokens.weight"
 LOGITS = "logits"
+LAST_HIDDEN = "last_hidden"
+LAST_POSITION = "last_position"
 HEAD_WEIGHT = "lm_head.weight_t"
 EXTERNAL_FROM_BYTES = 64 << 20
 """Graphs above this size keep their weights in ``<name>.data``, which ONNX Runtime maps instead of copying."""
@@ -98,28 +100,62 @@ def save_graph(model: ModelProto, path: Path, external_from_bytes: int = EXTERNA
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < external_from_bytes:
         path.write_bytes(model.SerializeToString(deterministic=True))
         return [path]
+    return save_graphs({path: model})
+
+
+def save_graphs(models: dict[Path, ModelProto]) -> list[Path]:
+    """Write graphs of one folder, with every large weight once in a file of the first: ``<first>.data``.
+
+    Args:
+        models: graph by path. Weights of one name must be the same weights.
+
+    Returns:
+        The files written.
+
+    Raises:
+        PermanentError: ``export.graph_unexpected`` when two graphs mean different weights by one name.
+    """
+    first = next(iter(models))
+    weights = first.parent / f"{first.name}.data"
+    written: dict[str, tuple[bytes, dict[str, str]]] = {}
+    with weights.open("wb") as writer:
+        for path, model in models.items():
+            light = _without_weights(model)
+            for tensor in model.graph.initializer:
+                if len(tensor.raw_data) < _ALIGNED_BYTES:
+                    light.graph.initializer.append(tensor)
+                    continue
+                if tensor.name not in written:
+                    writer.write(bytes(-writer.tell() % _ALIGNED_BYTES))
+                    place = {
+                        "location": weights.name,
+                        "offset": str(writer.tell()),
+                        "length": str(len(tensor.raw_data)),
+                    }
+                    writer.write(tensor.raw_data)
+                    written[tensor.name] = tensor.raw_data, place
+                raw, place = written[tensor.name]
+                if raw != tensor.raw_data:
+                    raise PermanentError(
+                        "export.graph_unexpected", f"two graphs mean different weights by {tensor.name}"
+                    )
+                outside = light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+                outside.data_location = TensorProto.EXTERNAL
+                for key, value in place.items():
+                    outside.external_data.add(key=key, value=value)
+            path.write_bytes(light.SerializeToString(deterministic=True))
+    return [*models, weights]
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
     # Not by onnx.save_model: it empties the model that it is given, and copying one above 2 GB is not possible.
-    weights = path.parent / f"{path.name}.data"
     light = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     light.opset_import.extend(model.opset_import)
     light.graph.name = model.graph.name
     light.graph.node.extend(model.graph.node)
     light.graph.input.extend(model.graph.input)
     light.graph.output.extend(model.graph.output)
-    with weights.open("wb") as writer:
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) < _ALIGNED_BYTES:
-                light.graph.initializer.append(tensor)
-                continue
-            writer.write(bytes(-writer.tell() % _ALIGNED_BYTES))
-            outside = light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            outside.data_location = TensorProto.EXTERNAL
-            place = {"location": weights.name, "offset": str(writer.tell()), "length": str(len(tensor.raw_data))}
-            for key, value in place.items():
-                outside.external_data.add(key=key, value=value)
-            writer.write(tensor.raw_data)
-    path.write_bytes(light.SerializeToString(deterministic=True))
-    return [path, weights]
+    return light
 
 
 def load_graph(path: Path) -> ModelProto:
@@ -228,11 +264,11 @@ def _keep_last_position(model: ModelProto) -> None:
     gather = helper.make_node(
         "Gather",
         [head.input[0], "last_position.index"],  # [batch, seq, hidden] -> [batch, 1, hidden]
-        ["last_hidden"],
-        name="last_position",
+        [LAST_HIDDEN],
+        name=LAST_POSITION,
         axis=1,
     )
-    head.input[0] = "last_hidden"
+    head.input[0] = LAST_HIDDEN
     insert_before(model, head, gather)
     output = next(o for o in graph.output if o.name == LOGITS)
     sequence = output.type.tensor_type.shape.dim[1]
@@ -253,6 +289,11 @@ def drop_unused_initializers(model: ModelProto) -> None:
     for tensor in list(model.graph.initializer):
         if tensor.name not in used:
             model.graph.initializer.remove(tensor)
+
+
+def int_attribute(node: NodeProto, name: str) -> int:
+    """An integer attribute that is known to be there."""
+    return next(int(attribute.i) for attribute in node.attribute if attribute.name == name)
 
 
 def _producer(model: ModelProto, tensor: str) -> NodeProto:
