@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_agent.contract.manifest import read_manifest
-from edge_agent.errors import EdgeError, RefusedError
+from edge_agent.errors import EdgeError
 from export.boards import load_boards
+from export.commands_build import add_build, only, quiet_libraries
 
 EPILOG = """examples:
   edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"edge-export: {error}", file=sys.stderr)
         return 2 if error.code == "export.usage" else 1
     except KeyboardInterrupt:
-        print("edge-export: interrupted, nothing was written", file=sys.stderr)
+        print("edge-export: interrupted; finished stages are kept, the same command goes on there", file=sys.stderr)
         return 1
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_build(commands)
+    add_build(commands)
     sign = commands.add_parser("sign", help="sign a bundle (again)", description="Hash every file, then sign.")
     sign.add_argument("bundle", type=Path)
     sign.add_argument(
@@ -68,33 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_build(commands: Any) -> None:
-    build = commands.add_parser(
-        "build",
-        help="build a bundle",
-        description="Build, verify, quantise, measure, pack and sign. --out appears only when all of it succeeded.",
-        epilog="example: edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle",
-    )
-    build.add_argument("checkpoint", type=Path, help="folder with config.json, *.safetensors and tokenizer.json")
-    build.add_argument("--target", required=True, help="see `edge-export targets`")
-    build.add_argument("--task", required=True, type=Path, nargs="+", action="extend", metavar="DIR")
-    build.add_argument("--out", required=True, type=Path, metavar="DIR")
-    build.add_argument("--precision", choices=("int4", "fp32"), default="int4")
-    build.add_argument("--method", choices=("rtn", "k_quant", "hqq"), default="k_quant")
-    build.add_argument("--block-size", type=int, choices=(32, 64, 128), default=32)
-    build.add_argument("--max-context", type=int, default=2048, metavar="TOKENS")
-    build.add_argument("--name", help="default: the checkpoint folder's name")
-    build.add_argument("--version", default="0.1.0")
-    build.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help="fit temperatures")
-    build.add_argument("--evaluate-on", action="append", default=[], metavar="[TASK=]FILE", help="measure accuracy")
-    build.add_argument("--quality", type=Path, metavar="FILE", help="embed figures that were measured before")
-    build.add_argument("--sign-key", type=Path, metavar="FILE", help="Ed25519 private key (PEM); default: your own")
-    build.add_argument("--work", type=Path, metavar="DIR", help="keep the stages' outputs here and reuse them")
-    build.add_argument("--force", action="store_true", help="replace an existing bundle at --out")
-    build.add_argument("--json", action="store_true", help="print the result as JSON")
-    build.set_defaults(command=_build)
-
-
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
@@ -109,40 +82,6 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--oracle", action="store_true", help="use the slow reference decoder instead of the engine")
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(command=_eval)
-
-
-def _build(arguments: argparse.Namespace) -> int:
-    from export.build import Workplace, build
-    from export.progress import best_progress
-    from export.quantize import QuantSettings
-    from export.request import BuildRequest, Identity, Measurement, read_quality
-    from export.signing import load_signing_key
-
-    _quiet_libraries()
-    request = BuildRequest(
-        checkpoint=arguments.checkpoint,
-        tasks=tuple(arguments.task),
-        identity=Identity(
-            name=arguments.name or arguments.checkpoint.resolve().name.lower(),
-            version=arguments.version,
-            target=arguments.target,
-        ),
-        precision=arguments.precision,
-        quantisation=QuantSettings(arguments.method, arguments.block_size),
-        max_context_tokens=arguments.max_context,
-        measurement=Measurement(
-            calibrate_on=_by_task(arguments.calibrate_on, arguments.task),
-            evaluate_on=_by_task(arguments.evaluate_on, arguments.task),
-            quality=read_quality(arguments.quality) if arguments.quality else {},
-        ),
-    )
-    key = load_signing_key(arguments.sign_key)
-    result = build(request, arguments.out, key, Workplace(best_progress(), arguments.work, arguments.force))
-    if arguments.json:
-        print(json.dumps({"digest": result.digest, "out": str(arguments.out), "report": result.report}, indent=2))
-    else:
-        print(f"{arguments.out}  {result.manifest.name} {result.manifest.version}  sha256:{result.digest}")
-    return 0
 
 
 def _sign(arguments: argparse.Namespace) -> int:
@@ -169,9 +108,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from export.evaluate import evaluate, read_labelled
     from export.measure import bundle_backend
 
-    _quiet_libraries()
+    quiet_libraries()
     manifest, digest = read_manifest(arguments.bundle)
-    task_name = arguments.task or _only(manifest.tasks)
+    task_name = arguments.task or only(manifest.tasks)
     task = load_task(arguments.bundle / "tasks" / task_name / "task.yaml")
     rows = read_labelled(arguments.data, task, arguments.limit)
     with bundle_backend(arguments.bundle, task, oracle=arguments.oracle) as decide:
@@ -197,32 +136,6 @@ def _synth(arguments: argparse.Namespace) -> int:
     parameters = synthesise(arguments.like, arguments.folder, layers=arguments.layers)
     print(f"{arguments.folder}  {parameters:,} random parameters in the shape of {arguments.like}")
     return 0
-
-
-def _by_task(given: list[str], folders: list[Path]) -> dict[str, Path]:
-    """``TASK=FILE`` entries; a bare ``FILE`` belongs to the only task."""
-    from edge_agent.contract.task import load_task
-
-    result: dict[str, Path] = {}
-    for entry in given:
-        name, equals, file = entry.partition("=")
-        if not equals:
-            name, file = _only([load_task(folder / "task.yaml").name for folder in folders]), entry
-        result[name] = Path(file)
-    return result
-
-
-def _only(names: Sequence[str]) -> str:
-    if len(names) != 1:
-        raise RefusedError("export.usage", f"there are several tasks ({', '.join(names)}): name one")
-    return names[0]
-
-
-def _quiet_libraries() -> None:
-    # onnxruntime's quantiser configures the root logger for INFO when it is imported.
-    import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401 - for that side effect, once
-
-    logging.getLogger().setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_agent.contract.manifest import Manifest
 from edge_agent.fs import sha256_file
 from export.assembly import Parts
-from export.boards import buildable_board
+from export.boards import Board, buildable_board
 from export.bundle import check_out, tool_versions
 from export.pipeline import Pipeline, Progress, StageTiming
+from export.plan import Plan, free_bytes_at, plan, require_work_space
 from export.request import BuildRequest, Labelled, Measurement, read_all_labelled
 from export.source import Checkpoint, open_checkpoint
 from export.stages.fuse import fuse
@@ -61,6 +62,17 @@ class Workplace:
     force: bool = False
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What was asked for, checked and read."""
+
+    board: Board
+    checkpoint: Checkpoint
+    context_tokens: int
+    tasks: tuple[TaskFolder, ...]
+    labelled: dict[str, Labelled]
+
+
 def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, place: Workplace) -> BuildResult:
     """Build, measure, pack and sign a bundle.
 
@@ -77,36 +89,62 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, place: Workp
         EdgeError: ``export.*``, ``task.*`` or ``key.*``; nothing is at ``out`` then, and finished stages stay in the
             work folder for the next try.
     """
-    check_out(out, force=place.force)
-    request.identity.check()
-    buildable_board(request.identity.target)
-    work = place.work or out.parent / f".{out.name}.work"
-    pipeline = Pipeline(work, place.progress, tool_versions())
+    pipeline = Pipeline(_work(out, place), place.progress, tool_versions())
     with pipeline.watched("source"):
-        checkpoint = open_checkpoint(request.checkpoint)
-        context = min(checkpoint.max_positions, request.max_context_tokens)
-        tasks = tuple(open_tasks(request.tasks, context))
-        labelled = read_all_labelled(request.measurement, list(tasks))
+        given = _check(request, out, place)
         place.progress.line(
-            f"checkpoint: {checkpoint.architecture}, {checkpoint.parameters:,} parameters, {len(tasks)} task(s)"
+            f"checkpoint: {given.checkpoint.architecture}, {given.checkpoint.parameters:,} parameters, "
+            f"{len(given.tasks)} task(s)"
         )
+        require_work_space(_estimate(request, given, pipeline.work), pipeline.work)
     with pipeline.opened():
-        candidate = _model_stages(request, pipeline, checkpoint, context, tasks)
-        proven = _prove_stage(request, pipeline, candidate, labelled)
+        candidate = _model_stages(request, pipeline, given)
+        proven = _prove_stage(request, pipeline, candidate, given.labelled)
         with pipeline.watched("package"):
             digest, manifest, report = package(candidate.parts, proven, out, key, force=place.force)
             place.progress.line(
                 f"bundle: {manifest.size_bytes:,} bytes in {len(manifest.files)} files, digest {digest}"
             )
     if place.work is None:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(pipeline.work, ignore_errors=True)
     return BuildResult(digest, manifest, report, tuple(pipeline.timings))
 
 
-def _model_stages(
-    request: BuildRequest, pipeline: Pipeline, checkpoint: Checkpoint, context: int, tasks: tuple[TaskFolder, ...]
-) -> Candidate:
-    say = pipeline.progress
+def plan_build(request: BuildRequest, out: Path, place: Workplace) -> Plan:
+    """Check everything that `build` checks before its work begins, and foretell that work; nothing is written.
+
+    Args:
+        request: what to build.
+        out: the bundle's directory.
+        place: where and how to work.
+
+    Raises:
+        EdgeError: as `build`.
+    """
+    return _estimate(request, _check(request, out, place), _work(out, place))
+
+
+def _check(request: BuildRequest, out: Path, place: Workplace) -> _Given:
+    """Everything that can be wrong before hours are spent."""
+    check_out(out, force=place.force)
+    request.identity.check()
+    board = buildable_board(request.identity.target)
+    checkpoint = open_checkpoint(request.checkpoint)
+    context_tokens = min(checkpoint.max_positions, request.max_context_tokens)
+    tasks = tuple(open_tasks(request.tasks, context_tokens))
+    return _Given(board, checkpoint, context_tokens, tasks, read_all_labelled(request.measurement, list(tasks)))
+
+
+def _work(out: Path, place: Workplace) -> Path:
+    return place.work or out.parent / f".{out.name}.work"
+
+
+def _estimate(request: BuildRequest, given: _Given, work: Path) -> Plan:
+    return plan(request, given.checkpoint, given.board, given.tasks, free_bytes_at(work))
+
+
+def _model_stages(request: BuildRequest, pipeline: Pipeline, given: _Given) -> Candidate:
+    say, checkpoint, context, tasks = pipeline.progress, given.checkpoint, given.context_tokens, given.tasks
     identity = {"checkpoint": checkpoint.sha256, "context_tokens": context}
     fused = pipeline.stage("fuse", identity, lambda folder: fuse(checkpoint, context, folder, say))
     shipped, upstream = fused, "fuse"

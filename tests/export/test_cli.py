@@ -94,7 +94,7 @@ def test_help_shows_an_example() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "export", "build", "--help"], cwd=ROOT, capture_output=True, check=True, text=True
     )
-    assert "example: edge-export build" in run.stdout
+    assert "  edge-export build ./checkpoint" in run.stdout
 
 
 def test_targets_list_every_board(capsys: pytest.CaptureFixture[str]) -> None:

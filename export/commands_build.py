@@ -1,0 +1,137 @@
+"""``edge-export build``: its options, and from options to a request."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import RefusedError
+
+EXAMPLES = """examples:
+  edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle
+  edge-export build ./checkpoint --target cpu-arm64 --task ./tasks/triage --out ./bundle --dry-run
+  edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle --method gptq --block-size 64
+"""
+
+
+def add_build(commands: Any) -> None:
+    """Add the command to the parser."""
+    build = commands.add_parser(
+        "build",
+        help="build a bundle",
+        description="Build, verify, quantise, measure, pack and sign. --out appears only when all of it succeeded; "
+        "a build that was interrupted goes on where it stopped when the same command is given again.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    build.add_argument("checkpoint", type=Path, help="folder with config.json, *.safetensors and tokenizer.json")
+    build.add_argument("--target", required=True, help="see `edge-export targets`")
+    build.add_argument("--task", required=True, type=Path, nargs="+", action="extend", metavar="DIR")
+    build.add_argument("--out", required=True, type=Path, metavar="DIR")
+    build.add_argument("--name", help="default: the checkpoint folder's name")
+    build.add_argument("--version", default="0.1.0")
+    build.add_argument("--max-context", type=int, default=2048, metavar="TOKENS")
+    _add_weights(build.add_argument_group("weights"))
+    _add_proof(build.add_argument_group("proof"))
+    build.add_argument("--sign-key", type=Path, metavar="FILE", help="Ed25519 private key (PEM); default: your own")
+    build.add_argument("--work", type=Path, metavar="DIR", help="keep the stages' outputs here and reuse them")
+    build.add_argument("--force", action="store_true", help="replace an existing bundle at --out")
+    build.add_argument("--dry-run", action="store_true", help="print the plan and what it needs, build nothing")
+    build.add_argument("--json", action="store_true", help="print the result as JSON")
+    build.set_defaults(command=run_build)
+
+
+def _add_weights(group: Any) -> None:
+    group.add_argument("--precision", choices=("int4", "fp32"), default="int4")
+    group.add_argument("--method", choices=("rtn", "k_quant", "hqq"), default="k_quant")
+    group.add_argument("--block-size", type=int, choices=(32, 64, 128), default=32)
+
+
+def _add_proof(group: Any) -> None:
+    group.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help="fit temperatures")
+    group.add_argument("--evaluate-on", action="append", default=[], metavar="[TASK=]FILE", help="measure accuracy")
+    group.add_argument("--quality", type=Path, metavar="FILE", help="embed figures that were measured before")
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Build, or print the plan."""
+    from export.build import Workplace, build, plan_build
+    from export.plan import plan_lines
+    from export.progress import best_progress
+    from export.request import BuildRequest, Identity, Measurement, read_quality
+    from export.signing import load_signing_key
+
+    quiet_libraries()
+    request = BuildRequest(
+        checkpoint=arguments.checkpoint,
+        tasks=tuple(arguments.task),
+        identity=Identity(
+            name=arguments.name or arguments.checkpoint.resolve().name.lower(),
+            version=arguments.version,
+            target=arguments.target,
+        ),
+        precision=arguments.precision,
+        quantisation=_quantisation(arguments),
+        max_context_tokens=arguments.max_context,
+        measurement=Measurement(
+            calibrate_on=_by_task(arguments.calibrate_on, arguments.task),
+            evaluate_on=_by_task(arguments.evaluate_on, arguments.task),
+            quality=read_quality(arguments.quality) if arguments.quality else {},
+        ),
+    )
+    place = Workplace(best_progress(), arguments.work, arguments.force)
+    if arguments.dry_run:
+        planned = plan_build(request, arguments.out, place)
+        print(json.dumps(planned.as_dict(), indent=2) if arguments.json else "\n".join(plan_lines(planned)))
+        return 0
+    result = build(request, arguments.out, load_signing_key(arguments.sign_key), place)
+    if arguments.json:
+        timings = {timing.stage: round(timing.seconds, 3) for timing in result.timings}
+        answer = {"digest": result.digest, "out": str(arguments.out), "seconds": timings, "report": result.report}
+        print(json.dumps(answer, indent=2))
+    else:
+        print(f"{arguments.out}  {result.manifest.name} {result.manifest.version}  sha256:{result.digest}")
+    return 0
+
+
+def _quantisation(arguments: argparse.Namespace) -> Any:
+    from export.quantize import QuantSettings
+
+    return QuantSettings(arguments.method, arguments.block_size)
+
+
+def _by_task(given: list[str], folders: list[Path]) -> dict[str, Path]:
+    """``TASK=FILE`` entries; a bare ``FILE`` belongs to the only task."""
+    from edge_agent.contract.task import load_task
+
+    result: dict[str, Path] = {}
+    for entry in given:
+        name, equals, file = entry.partition("=")
+        if not equals:
+            name, file = only([load_task(folder / "task.yaml").name for folder in folders]), entry
+        result[name] = Path(file)
+    return result
+
+
+def only(names: Sequence[str]) -> str:
+    """The one task there is.
+
+    Raises:
+        RefusedError: ``export.usage`` where there are several.
+    """
+    if len(names) != 1:
+        raise RefusedError("export.usage", f"there are several tasks ({', '.join(names)}): name one")
+    return names[0]
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' chatter off the terminal."""
+    import logging
+
+    # onnxruntime's quantiser configures the root logger for INFO when it is imported.
+    import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401 - for that side effect, once
+
+    logging.getLogger().setLevel(logging.WARNING)

@@ -1,0 +1,207 @@
+"""What a build will do and need, before it does it: ``--dry-run``, and the check of free space."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from edge_agent.fs import require_space
+from export.boards import Board
+from export.quantize import QuantSettings
+from export.request import BuildRequest
+from export.source import Checkpoint
+from export.tasks import TaskFolder
+
+TORCH_BYTES = 700 << 20
+"""torch, transformers, onnx and onnxruntime, imported and idle."""
+LAYER_NODES_BYTES = 12 << 10
+"""A layer's nodes and their attributes, without any weight."""
+WORKER_BYTES = 120 << 20
+"""The device's worker with its libraries, before a model is loaded."""
+RECORDED_POSITIONS = 89
+"""Prefill and decode positions whose logits and hidden states the reference stage keeps."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Sizes of a checkpoint, from its headers.
+
+    Args:
+        matrices: elements of two-dimensional weights, embedding and head left out.
+        table: elements of the embedding.
+        head: elements of an untied head; 0 where it is the embedding.
+        vectors: elements of everything else (norms, biases).
+    """
+
+    matrices: int
+    table: int
+    head: int
+    vectors: int
+
+    @property
+    def elements(self) -> int:
+        """All of them."""
+        return self.matrices + self.table + self.head + self.vectors
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the plan.
+
+    Args:
+        stage: its name.
+        does: what, in words.
+        writes_bytes: estimate of its outputs.
+        ram_bytes: estimate of its peak memory.
+    """
+
+    stage: str
+    does: str
+    writes_bytes: int
+    ram_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole build.
+
+    Args:
+        target: the board.
+        steps: in order.
+        device_ram_bytes: what the worker on the device is expected to need.
+        device_budget_bytes: what the target allows.
+        free_bytes: on the disk that is written to.
+    """
+
+    target: str
+    steps: tuple[Step, ...]
+    device_ram_bytes: int
+    device_budget_bytes: int
+    free_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Work folder and bundle together."""
+        return sum(step.writes_bytes for step in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "disk_bytes": self.disk_bytes}
+
+
+def weigh(checkpoint: Checkpoint) -> Weights:
+    """Read sizes from the headers of the weight files."""
+    matrices = table = head = vectors = 0
+    for file in checkpoint.weight_files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                shape = weights.get_slice(name).get_shape()
+                count = prod(shape)
+                if name.endswith("embed_tokens.weight"):
+                    table += count
+                elif name.startswith("lm_head."):
+                    head += count
+                elif len(shape) == 2:
+                    matrices += count
+                else:
+                    vectors += count
+    tied = bool(checkpoint.config.get("tie_word_embeddings", checkpoint.architecture.startswith("gemma")))
+    return Weights(matrices, table, 0 if tied else head, vectors)
+
+
+def int4_bytes(weights: Weights, settings: QuantSettings) -> int:
+    """Size of the INT4 graph: four bits a weight, and the scale that a block shares."""
+    shared_bits = 16 + (4 if settings.method == "k_quant" else 0)  # the block's scale, and its zero point
+    bits = 4 + shared_bits / settings.block_size
+    return int((weights.matrices + weights.table + weights.head) * bits / 8) + 4 * weights.vectors
+
+
+def plan(
+    request: BuildRequest, checkpoint: Checkpoint, board: Board, tasks: Sequence[TaskFolder], free_bytes: int
+) -> Plan:
+    """Estimate a build.
+
+    Args:
+        request: what is asked for.
+        checkpoint: checked.
+        board: the target.
+        tasks: checked.
+        free_bytes: on the disk that is written to.
+    """
+    weights = weigh(checkpoint)
+    structure_bytes = _structure_bytes(checkpoint, request.max_context_tokens)
+    fp32_bytes = shipped_bytes = 4 * weights.elements + structure_bytes
+    golden = sum(len(task.golden) for task in tasks)
+    hidden = int(checkpoint.config["hidden_size"]) * (int(checkpoint.config["num_hidden_layers"]) + 1)
+    recording_bytes = 4 * RECORDED_POSITIONS * (checkpoint.vocab_size + hidden)
+    steps = [
+        Step("source", f"check {checkpoint.architecture}, {checkpoint.parameters:,} parameters", 0, TORCH_BYTES),
+        Step("reference", "record what transformers answers", recording_bytes, TORCH_BYTES + fp32_bytes),
+        Step("fuse", "fused fp32 graph, held against the recording", fp32_bytes, TORCH_BYTES + 3 * fp32_bytes),
+    ]
+    if request.precision == "int4":
+        shipped_bytes = int4_bytes(weights, request.quantisation) + structure_bytes
+        steps.append(Step("quantise", request.quantisation.label, shipped_bytes, TORCH_BYTES + 3 * fp32_bytes))
+    steps += [
+        Step("specialise", f"for {board.name}", shipped_bytes, TORCH_BYTES + 2 * shipped_bytes),
+        Step(
+            "prove", f"{golden} golden examples, {len(tasks)} task(s)", 0, TORCH_BYTES + fp32_bytes + 2 * shipped_bytes
+        ),
+        Step("package", "report card, manifest, signature", shipped_bytes, TORCH_BYTES),
+    ]
+    return Plan(board.name, tuple(steps), 2 * shipped_bytes + WORKER_BYTES, board.memory_budget_bytes, free_bytes)
+
+
+def _structure_bytes(checkpoint: Checkpoint, max_context_tokens: int) -> int:
+    """Nodes, and the rotary tables (cosine and sine of half a head for each position)."""
+    config = checkpoint.config
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    tables_bytes = 4 * head_dim * min(max_context_tokens, checkpoint.max_positions)
+    return int(config["num_hidden_layers"]) * LAYER_NODES_BYTES + tables_bytes
+
+
+def free_bytes_at(path: Path) -> int:
+    """Free space where ``path`` is, or will be made."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def require_work_space(estimate: Plan, work: Path) -> None:
+    """Refuse a build that would fill the disk, before its first byte.
+
+    Args:
+        estimate: the plan.
+        work: where it writes; what earlier builds have left there may be reused and is not asked for again.
+
+    Raises:
+        TransientError: ``disk.full`` with both numbers.
+    """
+    existing = next(path for path in (work, *work.parents) if path.exists())
+    left_bytes = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    require_space(existing, max(0, estimate.disk_bytes - left_bytes))
+
+
+def plan_lines(estimate: Plan) -> list[str]:
+    """The plan as a table for people."""
+    lines = [f"{'stage':<11} {'writes':>10} {'memory':>10}  what"]
+    lines += [
+        f"{step.stage:<11} {megabytes(step.writes_bytes):>10} {megabytes(step.ram_bytes):>10}  {step.does}"
+        for step in estimate.steps
+    ]
+    lines.append(
+        f"disk {megabytes(estimate.disk_bytes)} of {megabytes(estimate.free_bytes)} free; on the device about "
+        f"{megabytes(estimate.device_ram_bytes)} of memory ({estimate.target} allows "
+        f"{megabytes(estimate.device_budget_bytes)})"
+    )
+    return lines
+
+
+def megabytes(count: int) -> str:
+    """``86 MB``; small things as ``0.3 MB``."""
+    value = count / 1e6
+    return f"{value:,.0f} MB" if value >= 10 else f"{value:.1f} MB"
