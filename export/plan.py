@@ -190,18 +190,20 @@ def plan_lines(estimate: Plan) -> list[str]:
     """The plan as a table for people."""
     lines = [f"{'stage':<11} {'writes':>10} {'memory':>10}  what"]
     lines += [
-        f"{step.stage:<11} {megabytes(step.writes_bytes):>10} {megabytes(step.ram_bytes):>10}  {step.does}"
+        f"{step.stage:<11} {readable_bytes(step.writes_bytes):>10} {readable_bytes(step.ram_bytes):>10}  {step.does}"
         for step in estimate.steps
     ]
     lines.append(
-        f"disk {megabytes(estimate.disk_bytes)} of {megabytes(estimate.free_bytes)} free; on the device about "
-        f"{megabytes(estimate.device_ram_bytes)} of memory ({estimate.target} allows "
-        f"{megabytes(estimate.device_budget_bytes)})"
+        f"disk {readable_bytes(estimate.disk_bytes)} of {readable_bytes(estimate.free_bytes)} free; on the device about "
+        f"{readable_bytes(estimate.device_ram_bytes)} of memory ({estimate.target} allows "
+        f"{readable_bytes(estimate.device_budget_bytes)})"
     )
     return lines
 
 
-def megabytes(count: int) -> str:
-    """``86 MB``; small things as ``0.3 MB``."""
+def readable_bytes(count: int) -> str:
+    """``0.3 MB``, ``86 MB``, ``2.1 GB``."""
     value = count / 1e6
-    return f"{value:,.0f} MB" if value >= 10 else f"{value:.1f} MB"
+    if value >= 1000:
+        return f"{value / 1000:.1f} GB"
+    return f"{value:.0f} MB" if value >= 10 else f"{value:.1f} MB"
