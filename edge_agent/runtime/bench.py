@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from edge_agent.contract.event import Event
@@ -15,6 +18,7 @@ from edge_agent.runtime.memory import peak_rss_bytes
 
 _PASS_SHARE = 0.15
 _MIN_DECISIONS = 5
+_PREFIX_PASSES = 3
 
 
 def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float = 10.0) -> dict[str, Any]:
@@ -29,8 +33,9 @@ def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float 
     Returns:
         ``decisions_per_s``, ``p50_ms``, ``p95_ms`` over whole decisions; ``passes`` and ``tokens_out`` as means per
         decision; ``prefill_tok_per_s`` of passes as long as the mean event and ``decode_tok_per_s`` of one-token
-        passes behind it; ``load_s``, ``first_decision_s`` (load included), ``peak_rss_bytes``, ``threads``,
-        ``decisions``.
+        passes behind it; the same by phase: ``prefix_prefill_ms`` (once a task), ``event_prefill_ms`` and
+        ``decode_pass_ms``, with ``prefix_tokens`` and ``event_tokens``; ``load_s``, ``first_decision_s`` (load
+        included), ``peak_rss_bytes``, ``threads``, ``decisions``; ``machine``, the kind of it.
 
     Raises:
         RefusedError: ``bench.no_events``, or what `Engine.decide` refuses.
@@ -54,7 +59,8 @@ def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float 
         tokens_out += answer.tokens_out
     elapsed_s = time.monotonic() - started_s
     decisions = len(latencies_ms)
-    prefill, decode = _pass_rates(engine, task, events, seconds * _PASS_SHARE)
+    event_tokens = _mean_event(engine, task, events)
+    prefill, decode = _pass_rates(prepared, event_tokens, seconds * _PASS_SHARE)
     load_s = engine.facts().load_s
     return {
         "decisions_per_s": decisions / elapsed_s,
@@ -62,6 +68,12 @@ def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float 
         "p95_ms": percentile(latencies_ms, 0.95),
         "decode_tok_per_s": decode,
         "prefill_tok_per_s": prefill,
+        "prefix_prefill_ms": _prefix_ms(engine, task),
+        "event_prefill_ms": 1000 * len(event_tokens) / prefill,
+        "decode_pass_ms": 1000 / decode,
+        "prefix_tokens": prepared.prefix_tokens,
+        "event_tokens": len(event_tokens),
+        "machine": _machine(),
         "peak_rss_bytes": peak_rss_bytes(),
         "load_s": load_s,
         "first_decision_s": load_s + first.latency_ms / 1000,
@@ -72,24 +84,53 @@ def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float 
     }
 
 
-def _pass_rates(engine: Engine, task: str, events: Sequence[Event], seconds: float) -> tuple[float, float]:
-    """Tokens per second of event-sized passes, and of one-token passes at the depth of an answer."""
-    prepared = engine.prepared(task)
+def _mean_event(engine: Engine, task: str, events: Sequence[Event]) -> list[int]:
+    """Token ids of as many tokens as the mean event has."""
     prompts = [engine.encode_event(task, event) for event in events[:64]]
     mean_tokens = max(1, round(sum(map(len, prompts)) / len(prompts)))
     longest = max(prompts, key=len)
-    tokens = (longest * (mean_tokens // len(longest) + 1))[:mean_tokens]
+    return (longest * (mean_tokens // len(longest) + 1))[:mean_tokens]
+
+
+def _pass_rates(prepared: PreparedTask, tokens: list[int], seconds: float) -> tuple[float, float]:
+    """Tokens per second of event-sized passes, and of one-token passes at the depth of an answer."""
 
     def prefill() -> int:
         prepared.cache.rewind(prepared.prefix_tokens)
         prepared.cache.forward(tokens)
-        return mean_tokens
+        return len(tokens)
 
     def decode() -> int:
-        _step(prepared, prepared.prefix_tokens + mean_tokens, tokens[-1])
+        _step(prepared, prepared.prefix_tokens + len(tokens), tokens[-1])
         return 1
 
     return _rate(prefill, seconds), _rate(decode, seconds)
+
+
+def _prefix_ms(engine: Engine, task: str) -> float:
+    """Median time of computing the prefix anew, which leaves the cache as it was."""
+    prepared, prefix = engine.prepared(task), engine.encode_prefix(task)
+    taken_ms = []
+    for _ in range(_PREFIX_PASSES):
+        prepared.cache.rewind(0)
+        started_s = time.monotonic()
+        prepared.cache.forward(prefix)
+        taken_ms.append((time.monotonic() - started_s) * 1000)
+    return percentile(taken_ms, 0.5)
+
+
+def _machine(root: Path = Path("/")) -> str:
+    """Kind of the machine: architecture, and the name of its board or processor; never the host's name."""
+    named = ""
+    for file, pattern in (("proc/device-tree/model", r"([^\0\n]+)"), ("proc/cpuinfo", r"(?m)^model name\s*:\s*(.+)$")):
+        try:
+            found = re.search(pattern, (root / file).read_text("utf-8", "replace"))
+        except OSError:
+            continue
+        if found:
+            named = found[1].strip()
+            break
+    return ", ".join(filter(None, (platform.machine(), named)))
 
 
 def _step(prepared: PreparedTask, depth: int, token: int) -> None:

@@ -62,6 +62,7 @@ class Engine:
         model = bundle.manifest.model
         self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
         self._session = ModelSession(bundle.path, bundle.manifest, self.threads)
+        self._head = self._session.head_rows
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
         self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}
@@ -136,12 +137,16 @@ class Engine:
         """Token ids of a rendered event, as `decide` would feed them."""
         return event_prompt(self.prepared(task).spec, event, self._encoder.encode).ids
 
+    def encode_prefix(self, task: str) -> list[int]:
+        """Token ids of a task's prefix, which every cache of the task begins with."""
+        return self._prefix(self.prepared(task).spec)
+
     def _prepare(self, name: str) -> PreparedTask:
         folder = self.bundle.path / "tasks" / name
         spec = load_task(folder / "task.yaml")
         if spec.name != name:
             raise PermanentError("task.invalid", f"task {name!r} calls itself {spec.name!r}")
-        plan = compile_plan(spec, self._encoder, self._guided_grammars)
+        plan = compile_plan(spec, self._encoder, self._guided_grammars, self._head)
         prefix = self._prefix(spec)
         capacity = len(prefix) + spec.limits.max_prompt_tokens + plan.max_tokens
         limit = self.bundle.manifest.model.max_context_tokens
@@ -166,7 +171,7 @@ class Engine:
     def _guided_grammars(self) -> GuidedGrammars:
         if self._guided is None:
             model = self.bundle.manifest.model
-            self._guided = GuidedGrammars(self._encoder, model.vocab_size, model.eos_token_id)
+            self._guided = GuidedGrammars(self._encoder, model.vocab_size, model.eos_token_id, self._head)
         return self._guided
 
     def _is_listed(self, path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -371,8 +372,20 @@ def test_bench_reports_the_contracted_figures(engine: Engine) -> None:
     contracted = {
         "decisions_per_s", "p50_ms", "p95_ms", "decode_tok_per_s", "prefill_tok_per_s",
         "peak_rss_bytes", "load_s", "first_decision_s", "tokens_out", "passes",
+        "prefix_prefill_ms", "event_prefill_ms", "decode_pass_ms", "prefix_tokens", "event_tokens",
     }  # fmt: skip
     assert contracted <= set(figures)
     assert all(figures[name] > 0 for name in contracted)
+    assert figures["machine"].startswith(platform.machine())
     with pytest.raises(EdgeError, match="no event"):
         bench(engine, "triage", [], seconds=0.1)
+
+
+def test_bench_leaves_the_prefix_as_it_was(variant: Callable[[], BundleVariant]) -> None:
+    engine = Engine(variant().open(), 1)
+    event = some_events(1)[0]
+    before = engine.decide("triage", event, deadline_s=30)
+    bench(engine, "triage", some_events(2), seconds=0.1)
+    after = engine.decide("triage", event, deadline_s=30)
+    assert after.decision == before.decision
+    assert after.confidence == before.confidence
