@@ -193,11 +193,9 @@ def plan_lines(estimate: Plan) -> list[str]:
         f"{step.stage:<11} {readable_bytes(step.writes_bytes):>10} {readable_bytes(step.ram_bytes):>10}  {step.does}"
         for step in estimate.steps
     ]
-    lines.append(
-        f"disk {readable_bytes(estimate.disk_bytes)} of {readable_bytes(estimate.free_bytes)} free; on the device about "
-        f"{readable_bytes(estimate.device_ram_bytes)} of memory ({estimate.target} allows "
-        f"{readable_bytes(estimate.device_budget_bytes)})"
-    )
+    disk, free = readable_bytes(estimate.disk_bytes), readable_bytes(estimate.free_bytes)
+    ram, budget = readable_bytes(estimate.device_ram_bytes), readable_bytes(estimate.device_budget_bytes)
+    lines.append(f"disk {disk} of {free} free; on the device about {ram} of memory ({estimate.target} allows {budget})")
     return lines
 
 
