@@ -24,9 +24,8 @@ class Run:
     Args:
         seconds: wall time, interpreter start included.
         cpu_seconds: of the command and of all that it waited for.
-        peak_rss_bytes: the larger of two readings: the most that any one process of the tree ever held (the kernel's
-            own high-water mark) and the largest sum over the tree, seen every 50 ms. Pages that two processes share
-            count twice in the sum.
+        peak_rss_bytes: the larger of two readings, taken every 50 ms: the kernel's own high-water mark of any one
+            process of the tree, and the sum over the tree. Pages that two processes share count twice in the sum.
         stdout: what it printed.
     """
 
@@ -58,10 +57,11 @@ def run_measured(command: Sequence[str | Path], *, cwd: Path, timeout_s: float =
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started_s = time.monotonic()
         child = subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment, stdout=out, stderr=err)
-        largest_sum = 0
-        # Not Popen.wait: only wait4 says what this one child has used.
+        peak_rss_bytes = 0
+        # Not Popen.wait: only wait4 says what this one child has used. Its ru_maxrss is of no use here: a child begins
+        # with the mark of the process that it was forked from.
         while (waited := os.wait4(child.pid, os.WNOHANG))[0] == 0:
-            largest_sum = max(largest_sum, _tree_rss_bytes(child.pid))
+            peak_rss_bytes = max(peak_rss_bytes, _tree_rss_bytes(child.pid))
             if time.monotonic() - started_s > timeout_s:
                 _kill_tree(child.pid)
             time.sleep(_SAMPLE_S)
@@ -73,18 +73,24 @@ def run_measured(command: Sequence[str | Path], *, cwd: Path, timeout_s: float =
         if child.returncode != 0:
             name = " ".join(str(part) for part in command[:4])
             raise CommandFailedError(f"{name} … ended with {child.returncode}: {err.read()[-_TAIL_CHARS:].strip()}")
-        peak = max(largest_sum, usage.ru_maxrss * _KIB)
-        return Run(seconds, usage.ru_utime + usage.ru_stime, peak, out.read())
+        return Run(seconds, usage.ru_utime + usage.ru_stime, peak_rss_bytes, out.read())
 
 
 def _tree_rss_bytes(pid: int) -> int:
-    total = 0
-    for process in _tree(pid):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:
-            continue
-    return total
+    readings = [_memory_kib(process.pid) for process in _tree(pid)]
+    resident, marks = [now for now, _ in readings], [mark for _, mark in readings]
+    return _KIB * max(sum(resident), *marks, 0)
+
+
+def _memory_kib(pid: int) -> tuple[int, int]:
+    """What a process holds now and has held at most; zeros when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("ascii")
+    except OSError:
+        return 0, 0
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    # A process that has ended but was not waited for has neither.
+    return int(fields.get("VmRSS", "0").split()[0]), int(fields.get("VmHWM", "0").split()[0])
 
 
 def _kill_tree(pid: int) -> None:
