@@ -18,7 +18,7 @@ REFERENCE_KEY ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench reference wheel docs format clean
+.PHONY: help demo test test-slow bench reference wheel docs format clean
 .PHONY: check check-format check-lint check-types check-imports check-ansible check-units
 
 help: ## list the targets
@@ -27,9 +27,13 @@ help: ## list the targets
 demo: $(STAMPS)/demo ## the whole path on one machine: plant, device, updates (DEMO_ARGS="--seconds 40 --json out.json")
 	$(BIN)/edge-deploy demo $(DEMO_ARGS)
 
-test: $(STAMPS)/dev ## the whole test suite (TEST_ARGS="-k spool")
+test: $(STAMPS)/dev ## every test but the slow ones (TEST_ARGS="-k spool")
 	@.ci/debian_packages.sh $$(.ci/test_packages.sh) || echo "tests that need them are reported as not run"
-	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile $(TEST_ARGS)
+	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile -m "not slow" $(TEST_ARGS)
+
+test-slow: $(STAMPS)/dev ## the slow ones: other processors emulated, whole models, the demo
+	@.ci/debian_packages.sh $$(.ci/test_packages.sh) || echo "tests that need them are reported as not run"
+	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile -m slow $(TEST_ARGS)
 
 check: check-format check-lint check-types check-imports check-ansible check-units ## format, lint, types, import rules, Ansible and systemd files
 
