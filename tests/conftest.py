@@ -4,6 +4,7 @@ A test that needs a program, root or an optional package says so::
 
     @pytest.mark.needs("mosquitto")             # a program on the PATH (or in /usr/sbin)
     @pytest.mark.needs("module:torch", "root")  # an importable package; the super-user
+    @pytest.mark.needs("machine:x86_64", "path:build/arm64-root")  # a kind of machine; a file below the repository
 
 Where a need is not met the test is reported as not run, with the reason, in a closing section. ``CI=true`` turns that,
 and every other skip, into a failure: a build that did not run its tests has not passed them.
@@ -14,9 +15,11 @@ from __future__ import annotations
 import collections
 import importlib.util
 import os
+import platform
 import shutil
 import signal
 from collections.abc import Generator, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any test module imports onnxruntime: its official wheels report home by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 _SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 # Filled on the reporting side: under xdist the controller sees every worker's reports.
 _not_run: list[tuple[str, str]] = []
@@ -42,6 +46,10 @@ def _is_met(name: str) -> bool:
         return os.geteuid() == 0
     if name.startswith("module:"):
         return importlib.util.find_spec(name.removeprefix("module:")) is not None
+    if name.startswith("machine:"):
+        return platform.machine() == name.removeprefix("machine:")
+    if name.startswith("path:"):
+        return (REPOSITORY / name.removeprefix("path:")).exists()
     return shutil.which(name, path=_SYSTEM_PATH) is not None
 
 

@@ -16,7 +16,13 @@ import pytest
 @pytest.mark.needs("a-program-that-nobody-has", "module:json")
 def test_needs_it(): ...
 
-@pytest.mark.needs("sh", "module:json")
+@pytest.mark.needs("machine:pdp-11")
+def test_needs_another_machine(): ...
+
+@pytest.mark.needs("path:build/never-made")
+def test_needs_a_file(): ...
+
+@pytest.mark.needs("sh", "module:json", "path:.")
 def test_has_it(): ...
 
 @pytest.mark.xfail(reason="known")
@@ -42,16 +48,18 @@ def run_suite(directory: Path, *, ci: str) -> subprocess.CompletedProcess[str]:
 def test_a_missing_program_is_reported_as_not_run(tmp_path: Path) -> None:
     done = run_suite(tmp_path, ci="")
     assert done.returncode == 0, done.stdout
-    assert "not run here: 1" in done.stdout
+    assert "not run here: 3" in done.stdout
     assert "needs a-program-that-nobody-has: 1 test(s)" in done.stdout
-    assert "1 passed, 1 skipped, 1 xfailed" in done.stdout
+    assert "needs machine:pdp-11: 1 test(s)" in done.stdout
+    assert "needs path:build/never-made: 1 test(s)" in done.stdout
+    assert "1 passed, 3 skipped, 1 xfailed" in done.stdout
 
 
 def test_in_ci_a_test_that_did_not_run_has_failed(tmp_path: Path) -> None:
     done = run_suite(tmp_path, ci="true")
     assert done.returncode == 1, done.stdout
     assert "not run, and CI=true does not allow that: needs a-program-that-nobody-has" in done.stdout
-    assert "1 passed, 1 xfailed, 1 error" in done.stdout
+    assert "1 passed, 1 xfailed, 3 errors" in done.stdout
 
 
 @pytest.mark.needs("sh")
