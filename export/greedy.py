@@ -5,7 +5,8 @@ must agree with what this does slowly. It shares with the engine only the defini
 (strings, wide integers), the field's grammar.
 
 The answer is compact JSON in schema order. Its pieces (text up to a value, the value, text up to the next) are
-tokenised apart; a closed field is a choice among the token sequences of its values.
+tokenised apart; a closed field is a choice among the token sequences of its values. Where a pruned head has no score
+for a token at which values part, those values go on byte by byte.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from edge_agent.contract.task import BoolField, EnumField, IntField, OutputField
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.guided import GuidedGrammars
+from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.prompt import event_prompt
 
 Floats = npt.NDArray[np.float32]
@@ -79,24 +81,26 @@ class StepModel:
     """A graph run with ordinary growing caches.
 
     Args:
-        graph: path of the ONNX file.
+        graph: path of the ONNX file; the head's files lie beside it where the graph has them apart.
         spec: its shape.
         threads: intra-op threads.
+
+    Attributes:
+        head_rows: the tokens that the logits score.
     """
 
     def __init__(self, graph: Path, spec: ModelSpec, threads: int = 1) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-            raise PermanentError("export.graph_unloadable", f"{graph.name}: {error}") from error
+        self._session = _session(graph, threads)
+        self._head = _session(graph.with_name(Path(spec.head).name), threads) if spec.head else None
+        beside = graph.with_name(Path(spec.head_ids).name) if spec.head_ids else None
+        self.head_rows = read_head_rows(spec.vocab_size, beside)
         self._spec = spec
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._empty = np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), np.float32)
+        dtype = np.dtype(spec.kv_dtype)
+        self._empty = np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), dtype)
 
     def start(self) -> dict[str, Floats]:
-        """Empty caches: name of the past input to float32 [1, kv_heads, 0, head_dim]."""
+        """Empty caches: name of the past input to float32 or int8 [1, kv_heads, 0, head_dim]."""
         names = [f"past_key_values.{n}.{part}" for n in range(self._spec.num_layers) for part in ("key", "value")]
         return dict.fromkeys(names, self._empty)
 
@@ -104,7 +108,8 @@ class StepModel:
         """Run ``ids`` after ``past``.
 
         Returns:
-            Logits of the last position, float32 [vocab], and the longer caches.
+            Logits of the last position, float32 [vocab] (-inf for what a pruned head does not score), and the longer
+            caches.
         """
         length = next(iter(past.values())).shape[2] + len(ids)
         feeds: dict[str, Any] = {
@@ -112,9 +117,28 @@ class StepModel:
             "attention_mask": np.ones((1, length), np.int64),  # [1, past + seq]
             **past,
         }
+        if self._spec.ragged:
+            feeds["query_seqlens"] = np.array([len(ids)], np.int32)  # [1]
         outputs = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
         present = {name: outputs[name.replace("past_key_values", "present")] for name in past}
-        return outputs["logits"][0, -1], present
+        if self._head is None:
+            scores = outputs["logits"]
+        else:
+            (scores,) = self._head.run(["logits"], {"hidden": outputs["hidden"]})
+        if self.head_rows.whole:
+            return scores[0, -1], present
+        logits = np.full(self._spec.vocab_size, -np.inf, np.float32)
+        logits[self.head_rows.ids] = scores[0, -1]
+        return logits, present
+
+
+def _session(graph: Path, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        raise PermanentError("export.graph_unloadable", f"{graph.name}: {error}") from error
 
 
 class GreedyDecoder:
@@ -168,6 +192,9 @@ class GreedyDecoder:
         depth = 0
         while len(left) > 1:
             options = sorted({sequence[depth] for sequence in left.values()})
+            if len(options) > 1 and any(token not in self._model.head_rows for token in options):
+                left = {value: self._by_bytes(sequence, depth) for value, sequence in left.items()}
+                options = sorted({sequence[depth] for sequence in left.values()})
             taken = run.choose(field.name, options) if len(options) > 1 else run.take(options[0])
             left = {value: sequence for value, sequence in left.items() if sequence[depth] == taken}
             depth += 1
@@ -176,8 +203,13 @@ class GreedyDecoder:
             run.take(token)
         return value
 
+    def _by_bytes(self, sequence: list[int], place: int) -> list[int]:
+        """The same text with one token written byte by byte."""
+        return [*sequence[:place], *self._encoder.spelling.by_bytes(sequence[place]), *sequence[place + 1 :]]
+
     def _decide_open(self, run: _Run, field: OutputField, after: str) -> Any:
-        grammars = GuidedGrammars(self._encoder, self._spec.vocab_size, self._spec.eos_token_id)
+        spec = self._spec
+        grammars = GuidedGrammars(self._encoder, spec.vocab_size, spec.eos_token_id, self._model.head_rows)
         if isinstance(field, TextField):
             planned = grammars.text(field, after)
         elif isinstance(field, IntField):

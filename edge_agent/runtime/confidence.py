@@ -19,28 +19,28 @@ class _Calibration(BaseModel):
     temperature: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
 
 
-def choose(logits: NDArray[np.float32], ids: NDArray[np.int64], temperature: float) -> tuple[int, float]:
+def choose(logits: NDArray[np.float32], rows: NDArray[np.int64], temperature: float) -> tuple[int, float]:
     """Pick the likeliest allowed token.
 
     Args:
-        logits: scores of the whole vocabulary, float32 (vocab,).
-        ids: allowed token ids, int64 (options,).
+        logits: scores of every token that the head has a row for, float32 (rows,).
+        rows: those of the allowed tokens, int64 (options,).
         temperature: calibration of the field; scales logits, so p_i becomes proportional to p_i^(1/T).
 
     Returns:
-        Position in ``ids`` of the likeliest (the first of equals), and its probability among the allowed.
+        Position in ``rows`` of the likeliest (the first of equals), and its probability among the allowed.
 
     Raises:
         PermanentError: ``worker.bad_logits`` when scores are not finite, or the whole vocabulary scores the same.
     """
-    scores = logits[ids].astype(np.float64)
+    scores = logits[rows].astype(np.float64)
     best = int(scores.argmax())
     top = float(scores[best])
     # One infinite or missing score makes the sum so too.
     total = float(np.exp((scores - top) / temperature).sum()) if math.isfinite(top) else math.nan
     if not (math.isfinite(total) and math.isfinite(float(scores.min()))):
         raise PermanentError("worker.bad_logits", "the model's scores are not finite numbers")
-    if len(ids) > 1 and total == len(ids) and float(np.ptp(logits)) == 0.0:
+    if len(rows) > 1 and total == len(rows) and float(np.ptp(logits)) == 0.0:
         raise PermanentError("worker.bad_logits", "the model scores its whole vocabulary the same")
     return best, 1.0 / total
 

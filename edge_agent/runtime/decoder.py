@@ -24,7 +24,7 @@ class Forward(Protocol):
     """One pass of a model with a memory of what came before."""
 
     def forward(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens (ids); returns the scores after the last one, float32 (vocab,)."""
+        """Append tokens (ids); returns the scores after the last one, float32 (rows,)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _closed(run: _Run, planned: ClosedField, temperature: float) -> tuple[Value,
     node = planned.root
     probability = 1.0
     while isinstance(node, Branch):
-        position, share = choose(run.scores(), node.ids, temperature)
+        position, share = choose(run.scores(), node.rows, temperature)
         edge = node.edges[position]
         probability *= share
         run.tokens.append(int(node.ids[position]))
@@ -121,7 +121,7 @@ def _guided(run: _Run, planned: GuidedField, temperature: float) -> tuple[Value,
         if grammar.finished():
             return grammar.value(), probability
         ids = grammar.allowed()
-        position, share = choose(run.scores(), ids, temperature)
+        position, share = choose(run.scores(), grammar.rows(ids), temperature)
         probability *= share
         grammar.choose(int(ids[position]))
         run.tokens.append(int(ids[position]))

@@ -7,12 +7,14 @@ marked special before the tokenizer is built, and special tokens in text are enc
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from edge_agent.errors import PermanentError
+from edge_agent.runtime.spelling import ByteSpelling
 
 
 class TextEncoder:
@@ -35,6 +37,7 @@ class TextEncoder:
             self._tokenizer = Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # the library raises bare Exception
             raise PermanentError("bundle.unsupported", f"tokenizer cannot be read: {error}") from error
+        self.vocab_size = vocab_size
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -42,6 +45,15 @@ class TextEncoder:
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= vocab_size:
             raise PermanentError("bundle.unsupported", f"tokenizer has id {largest}, the model only {vocab_size} ids")
+
+    @cached_property
+    def spelling(self) -> ByteSpelling:
+        """The bytes behind the tokens; only a pruned head asks for them.
+
+        Raises:
+            PermanentError: ``tokenizer.no_bytes``.
+        """
+        return ByteSpelling(self.spec_json())
 
     @property
     def control_ids(self) -> frozenset[int]:

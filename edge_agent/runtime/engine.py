@@ -17,6 +17,7 @@ from edge_agent.runtime.decoder import Decoded, decode
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import AnswerPlan, compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
+from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.prompt import event_prompt
 from edge_agent.runtime.session import KvCache, ModelSession, resolve_threads
@@ -62,7 +63,7 @@ class Engine:
         model = bundle.manifest.model
         self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
         self._session = ModelSession(bundle.path, bundle.manifest, self.threads)
-        self._head = self._session.head_rows
+        self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
         self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}

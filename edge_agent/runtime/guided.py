@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge_agent.contract.task import IntField, TextField
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
+from edge_agent.runtime.head_rows import HeadRows
 
 # One unit is one character of the decoded string: no \uXXXX, because half a surrogate pair is no character.
 _CHARACTER = r'([^"\\\x00-\x1F\x7F]|\\["\\/bfnrt])'
@@ -36,7 +37,7 @@ class GuidedField:
         closing_ids: tokens that close the string.
         template: the compiled grammar in its initial state.
         tokenizer: the grammar engine's tokenizer.
-        vocab_size: number of token ids.
+        head: the tokens that can be chosen; those of single bytes are among them, so something always can.
     """
 
     name: str
@@ -47,7 +48,7 @@ class GuidedField:
     closing_ids: frozenset[int]
     template: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
-    vocab_size: int
+    head: HeadRows = field(repr=False)
 
     def start(self) -> GuidedRun:
         """A fresh run of the grammar for one answer."""
@@ -61,7 +62,7 @@ class GuidedRun:
         self._field = planned
         self._matcher = planned.template.deep_copy()
         self._tokens: list[int] = []
-        self._mask: NDArray[np.int32] = np.zeros((planned.vocab_size + 31) // 32, dtype=np.int32)
+        self._mask: NDArray[np.int32] = np.zeros((planned.head.vocab_size + 31) // 32, dtype=np.int32)
 
     def forced(self) -> list[int]:
         """Tokens that follow without a choice; they are consumed."""
@@ -75,11 +76,11 @@ class GuidedRun:
         return bool(self._matcher.is_accepting())
 
     def allowed(self) -> NDArray[np.int64]:
-        """Token ids that may come next, int64 (options,), ascending."""
+        """Token ids that may come next and can be chosen, int64 (options,), ascending."""
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._raise_fault()
-        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._field.vocab_size]
-        ids = np.flatnonzero(bits)
+        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._field.head.vocab_size]
+        ids = self._field.head.kept(np.flatnonzero(bits))
         if self._field.quoted and len(self._tokens) >= self._field.close_at:
             closing = [i for i in ids.tolist() if i in self._field.closing_ids]
             # Not allowed in the middle of a character: one or two more tokens complete it.
@@ -87,6 +88,10 @@ class GuidedRun:
         if not len(ids):
             raise PermanentError("worker.grammar", f"no token can continue field {self._field.name!r}")
         return ids
+
+    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the logits that score ``ids``."""
+        return self._field.head.rows(ids)
 
     def choose(self, token: int) -> None:
         """Consume a chosen token."""
@@ -116,19 +121,23 @@ class GuidedGrammars:
 
     Args:
         encoder: the model's tokenizer.
-        vocab_size: number of token ids that the model scores.
+        vocab_size: token ids of the tokenizer.
         eos_token_id: the model's end token.
+        head: the tokens that can be chosen; None: all.
 
     Raises:
-        PermanentError: ``bundle.unsupported`` when the grammar engine cannot read the tokenizer.
+        PermanentError: ``bundle.unsupported`` when the grammar engine cannot read the tokenizer, or the head lacks
+            tokens of single bytes.
     """
 
-    def __init__(self, encoder: TextEncoder, vocab_size: int, eos_token_id: int) -> None:
+    def __init__(self, encoder: TextEncoder, vocab_size: int, eos_token_id: int, head: HeadRows | None = None) -> None:
         import llguidance
 
         self._matcher_class = llguidance.LLMatcher
         self._encoder = encoder
-        self._vocab_size = vocab_size
+        self._head = head or HeadRows(vocab_size)
+        if not self._head.whole and any(token not in self._head for token in encoder.spelling.byte_ids):
+            raise PermanentError("bundle.unsupported", "the head lacks tokens of single bytes: open fields need them")
         try:
             self._tokenizer = llguidance.LLTokenizer(encoder.spec_json(), n_vocab=vocab_size, eos_token=eos_token_id)
         except Exception as error:  # the library raises bare ValueError and panics
@@ -162,5 +171,5 @@ class GuidedGrammars:
             closing_ids=frozenset(self._encoder.encode('"')[-1:]),
             template=template,
             tokenizer=self._tokenizer,
-            vocab_size=self._vocab_size,
+            head=self._head,
         )

@@ -1,4 +1,4 @@
-"""The model in ONNX Runtime: one graph, and KV caches that are written in place.
+"""The model in ONNX Runtime: a decoder, perhaps its head apart, and KV caches that are written in place.
 
 A cache is allocated once at its full capacity. The same buffer is bound as ``past`` input and ``present`` output, and
 the attention mask's length alone says how much of it counts. So rolling back is setting a smaller length, and a
@@ -22,10 +22,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edge_agent.contract.manifest import Manifest, ModelSpec
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError
+from edge_agent.runtime.head_rows import read_head_rows
 
 MAX_DEFAULT_THREADS = 4
 _PROVIDERS = {"cpu-arm64": "CPUExecutionProvider", "cpu-x86_64": "CPUExecutionProvider"}
-_KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
+_KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 _LIBRARY_ERRORS = tuple(
     getattr(ort_errors, name)
     for name in (
@@ -65,7 +66,7 @@ def resolve_threads(threads: int) -> int:
 
 
 class ModelSession:
-    """A loaded decoder graph (graph interface 1 of `ModelSpec`).
+    """A loaded decoder graph and its head (graph interface 1 of `ModelSpec`).
 
     Args:
         bundle: the verified bundle's directory.
@@ -92,12 +93,12 @@ class ModelSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Memory patterns are kept per input shape, and every event has another length.
         options.enable_mem_pattern = False
-        self._session: Any = _mapped(
-            "loading the model",
-            lambda: ort.InferenceSession(str(bundle / self.spec.decoder), options, providers=[provider]),
-        )
-        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        _check_interface(self._session, self.spec)
+        self._decoder = _load(bundle / self.spec.decoder, options, provider)
+        self._head = _load(bundle / self.spec.head, options, provider) if self.spec.head else None
+        self.providers: tuple[str, ...] = tuple(self._decoder.get_providers())
+        head_ids = bundle / self.spec.head_ids if self.spec.head_ids else None
+        self._rows = len(read_head_rows(self.spec.vocab_size, head_ids))
+        _check_interface(self._decoder, self._head, self.spec, self._rows)
 
     def new_cache(self, capacity_tokens: int) -> KvCache:
         """Allocate a cache for at most ``capacity_tokens`` positions.
@@ -105,22 +106,48 @@ class ModelSession:
         Raises:
             PermanentError: ``worker.out_of_memory``.
         """
-        return KvCache(self._session, self.spec, capacity_tokens)
+        head = _Head(self._head, self._rows) if self._head else None
+        return KvCache(self._decoder, self.spec, capacity_tokens, self._rows, head)
+
+
+class _Head:
+    """The output head as a graph of its own, with the buffers between it and the decoder.
+
+    Args:
+        session: maps ``hidden`` to ``logits``.
+        rows: tokens that it scores.
+    """
+
+    def __init__(self, session: Any, rows: int) -> None:
+        self._session = session
+        size = session.get_inputs()[0].shape[2]
+        self.hidden: Logits = np.zeros((1, 1, size), np.float32)  # (1, 1, hidden): the decoder writes here
+        self.logits: Logits = np.zeros((1, 1, rows), np.float32)
+        self._binding: Any = session.io_binding()
+        _bind(self._binding, "input", "hidden", self.hidden, self.hidden.shape)
+        _bind(self._binding, "output", "logits", self.logits, self.logits.shape)
+
+    def score(self) -> None:
+        """Compute ``logits`` of ``hidden``."""
+        _mapped("running the model", lambda: self._session.run_with_iobinding(self._binding))
 
 
 class KvCache:
     """Keys and values of one token sequence, and the buffers of its passes.
 
     Args:
-        session: the loaded graph.
+        session: the loaded decoder.
         spec: its shape.
         capacity_tokens: most positions it can hold.
+        rows: tokens that the head scores.
+        head: the head, where it is apart.
     """
 
-    def __init__(self, session: Any, spec: ModelSpec, capacity_tokens: int) -> None:
+    def __init__(self, session: Any, spec: ModelSpec, capacity_tokens: int, rows: int, head: _Head | None) -> None:
         self.capacity_tokens = capacity_tokens
         self.length = 0
         self._session = session
+        self._head = head
         dtype = _KV_DTYPES[spec.kv_dtype]
         shape = (1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
@@ -128,7 +155,8 @@ class KvCache:
             self._buffers = [np.zeros(shape, dtype) for _ in range(2 * spec.num_layers)]
             self._ids = np.zeros((1, capacity_tokens), np.int64)
             self._mask = np.ones((1, capacity_tokens), np.int64)
-            self._logits: Logits = np.zeros((1, 1, spec.vocab_size), np.float32)
+            self._counts = np.zeros(1, np.int32) if spec.ragged else None  # (1,): real tokens of the only row
+            self._logits: Logits = np.zeros((1, 1, rows), np.float32) if head is None else head.logits
         except MemoryError as error:
             raise PermanentError(
                 "worker.out_of_memory", f"no memory for a cache of {capacity_tokens} tokens"
@@ -136,9 +164,14 @@ class KvCache:
         self._binding: Any = session.io_binding()
         names = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
         for name, buffer in zip(names, self._buffers, strict=True):
-            self._bind("input", f"past_key_values.{name}", buffer, shape)
-            self._bind("output", f"present.{name}", buffer, shape)
-        self._bind("output", "logits", self._logits, (1, 1, spec.vocab_size))
+            _bind(self._binding, "input", f"past_key_values.{name}", buffer, shape)
+            _bind(self._binding, "output", f"present.{name}", buffer, shape)
+        if self._counts is not None:
+            _bind(self._binding, "input", "query_seqlens", self._counts, (1,))
+        if head is None:
+            _bind(self._binding, "output", "logits", self._logits, self._logits.shape)
+        else:
+            _bind(self._binding, "output", "hidden", head.hidden, head.hidden.shape)
 
     def rewind(self, length: int) -> None:
         """Forget every position from ``length`` on."""
@@ -153,10 +186,25 @@ class KvCache:
             tokens: ids of the next positions, at least one.
 
         Returns:
-            Logits after the last of them, float32 (vocab,): a view that the next pass overwrites.
+            Logits after the last of them, float32 (rows,): a view that the next pass overwrites.
 
         Raises:
             PermanentError: ``worker.context`` when they do not fit, ``worker.out_of_memory``, ``worker.inference``.
+        """
+        self.append(tokens)
+        if self._head is not None:
+            self._head.score()
+        logits: Logits = self._logits[0, 0]
+        return logits
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens`` in one pass whose scores nobody needs: where the head is apart, it is not run.
+
+        Args:
+            tokens: ids of the next positions, at least one.
+
+        Raises:
+            PermanentError: as `forward`.
         """
         count = len(tokens)
         total = self.length + count
@@ -164,16 +212,23 @@ class KvCache:
             raise PermanentError("worker.context", f"{total} tokens do not fit in {self.capacity_tokens}")
         self._ids[0, :count] = tokens
         # Only these two change their shape from pass to pass: (1, count) and (1, past + count).
-        self._bind("input", "input_ids", self._ids, (1, count))
-        self._bind("input", "attention_mask", self._mask, (1, total))
+        _bind(self._binding, "input", "input_ids", self._ids, (1, count))
+        _bind(self._binding, "input", "attention_mask", self._mask, (1, total))
+        if self._counts is not None:
+            self._counts[0] = count
         _mapped("running the model", lambda: self._session.run_with_iobinding(self._binding))
         self.length = total
-        logits: Logits = self._logits[0, 0]
-        return logits
 
-    def _bind(self, side: Literal["input", "output"], name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> None:
-        bind = self._binding.bind_input if side == "input" else self._binding.bind_output
-        bind(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
+
+def _bind(
+    binding: Any, side: Literal["input", "output"], name: str, buffer: NDArray[Any], shape: tuple[int, ...]
+) -> None:
+    bind = binding.bind_input if side == "input" else binding.bind_output
+    bind(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
+
+
+def _load(path: Path, options: Any, provider: str) -> Any:
+    return _mapped("loading the model", lambda: ort.InferenceSession(str(path), options, providers=[provider]))
 
 
 def _mapped(doing: str, call: Callable[[], Any]) -> Any:
@@ -218,18 +273,34 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in parts)
 
 
-def _check_interface(session: Any, spec: ModelSpec) -> None:
+def _check_interface(decoder: Any, head: Any, spec: ModelSpec, rows: int) -> None:
     halves = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
-    inputs = {i.name: i.shape for i in session.get_inputs()}
-    outputs = {o.name: o.shape for o in session.get_outputs()}
-    expected_inputs = {"input_ids", "attention_mask", *(f"past_key_values.{h}" for h in halves)}
-    expected_outputs = {"logits", *(f"present.{h}" for h in halves)}
-    if set(inputs) != expected_inputs or not expected_outputs <= set(outputs):
-        odd = sorted((set(inputs) ^ expected_inputs) | (expected_outputs - set(outputs)))
+    result = "logits" if head is None else "hidden"
+    ragged = {"query_seqlens"} if spec.ragged else set()
+    expected_inputs = {"input_ids", "attention_mask", *ragged, *(f"past_key_values.{h}" for h in halves)}
+    _check_names(decoder, expected_inputs, {result, *(f"present.{h}" for h in halves)})
+    _check_axes(decoder, {f"past_key_values.{h}": {1: spec.num_kv_heads, 3: spec.head_dim} for h in halves})
+    wanted = {"logits": {1: 1, 2: rows}}
+    if head is None:
+        _check_axes(decoder, wanted)
+        return
+    _check_names(head, {"hidden"}, {"logits"})
+    _check_axes(head, wanted)
+    size = head.get_inputs()[0].shape[-1]
+    if not isinstance(size, int):
+        raise PermanentError("bundle.unsupported", "the head does not say how wide its input is")
+    _check_axes(decoder, {"hidden": {1: 1, 2: size}})
+
+
+def _check_names(session: Any, expected_inputs: set[str], expected_outputs: set[str]) -> None:
+    inputs, outputs = ({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
+    if inputs != expected_inputs or not expected_outputs <= outputs:
+        odd = sorted((inputs ^ expected_inputs) | (expected_outputs - outputs))
         raise PermanentError("bundle.unsupported", f"graph does not have graph interface 1: {', '.join(odd[:4])}")
-    wanted = {f"past_key_values.{h}": {1: spec.num_kv_heads, 3: spec.head_dim} for h in halves}
-    wanted["logits"] = {1: 1, 2: spec.vocab_size}
-    shapes = {**inputs, "logits": outputs["logits"]}
+
+
+def _check_axes(session: Any, wanted: dict[str, dict[int, int]]) -> None:
+    shapes = {value.name: value.shape for value in [*session.get_inputs(), *session.get_outputs()]}
     for name, axes in wanted.items():
         for axis, size in axes.items():
             found = shapes[name][axis] if len(shapes[name]) > axis else None

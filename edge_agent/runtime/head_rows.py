@@ -1,0 +1,70 @@
+"""Which token each row of the output head scores: all of them, or those that a pruned head kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.errors import PermanentError, from_os_error
+
+
+class HeadRows:
+    """The tokens that can be chosen.
+
+    Args:
+        vocab_size: token ids of the tokenizer.
+        ids: token ids that the head has rows for, ascending; None: every token.
+
+    Raises:
+        PermanentError: ``bundle.unsupported`` when the ids are not ascending ids of the vocabulary.
+    """
+
+    def __init__(self, vocab_size: int, ids: NDArray[np.int32] | None = None) -> None:
+        self.ids: NDArray[np.int64] = np.arange(vocab_size) if ids is None else ids.astype(np.int64)  # (rows,)
+        if not len(self.ids) or self.ids[0] < 0 or self.ids[-1] >= vocab_size or bool((np.diff(self.ids) <= 0).any()):
+            raise PermanentError("bundle.unsupported", f"the head's tokens are not ascending ids below {vocab_size}")
+        self.vocab_size = vocab_size
+        self._row: NDArray[np.int64] = np.full(vocab_size, -1, np.int64)  # (vocab,)
+        self._row[self.ids] = np.arange(len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, token: int) -> bool:
+        return bool(self._row[token] >= 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token can be chosen."""
+        return len(self.ids) == self.vocab_size
+
+    def kept(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of ``ids`` (options,) that can be chosen."""
+        return ids if self.whole else ids[self._row[ids] >= 0]
+
+    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the logits that score ``ids`` (options,), all of which can be chosen."""
+        return ids if self.whole else self._row[ids]
+
+
+def read_head_rows(vocab_size: int, file: Path | None) -> HeadRows:
+    """Read the head's tokens.
+
+    Args:
+        vocab_size: token ids of the tokenizer.
+        file: int32 little-endian, ascending; None: the head is whole.
+
+    Raises:
+        PermanentError: ``bundle.unsupported`` or ``disk.*``.
+    """
+    if file is None:
+        return HeadRows(vocab_size)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise from_os_error(error, f"reading {file.name}") from error
+    if len(raw) % 4:
+        raise PermanentError("bundle.unsupported", f"{file.name} holds no whole number of token ids")
+    return HeadRows(vocab_size, np.frombuffer(raw, "<i4"))
