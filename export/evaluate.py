@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from edge_agent.contract.event import Event, check_event
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
 from export.greedy import GreedyDecoder
+from export.reliability import Bin, Pair, RiskPoint, bins, expected_calibration_error, risk_coverage
 
-ECE_BINS = 15
+CURVES = ("reliability", "risk_coverage")
+"""Keys of `Quality.as_dict` that are for pictures: too long for a manifest."""
 Decide = Callable[[Event], "Outcome"]
 
 
@@ -44,6 +46,10 @@ class Quality:
         ece: expected calibration error (0..1) by field, 15 equal-width bins, rows without a guard's change.
         answered: share of events whose every field reaches the task's threshold.
         exact_when_answered: `exact` among those.
+        reliability: bins of confidence and accuracy by field, the rows of ``ece``.
+        risk_by_field: errors of each field against the share of events that its threshold lets through, same rows.
+        risk: the same for whole decisions, guards included: as sure as their least sure field, right when every
+            field is.
     """
 
     rows: int
@@ -53,6 +59,9 @@ class Quality:
     ece: dict[str, float]
     answered: float
     exact_when_answered: float
+    reliability: dict[str, tuple[Bin, ...]]
+    risk_by_field: dict[str, tuple[RiskPoint, ...]]
+    risk: tuple[RiskPoint, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, four decimals: more would be noise of the sample."""
@@ -64,7 +73,27 @@ class Quality:
             "ece": {name: round(value, 4) for name, value in self.ece.items()},
             "answered": round(self.answered, 4),
             "exact_when_answered": round(self.exact_when_answered, 4),
+            "reliability": {name: [b.as_dict() for b in found] for name, found in self.reliability.items()},
+            "risk_coverage": {
+                "decision": [point.as_dict() for point in self.risk],
+                "fields": {name: [p.as_dict() for p in points] for name, points in self.risk_by_field.items()},
+            },
         }
+
+
+def without_curves(quality: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Figures that a manifest carries to every device: all but the points of pictures.
+
+    Args:
+        quality: task -> precision -> `Quality.as_dict`.
+    """
+    return {
+        task: {
+            precision: {key: value for key, value in figures.items() if key not in CURVES}
+            for precision, figures in by_precision.items()
+        }
+        for task, by_precision in quality.items()
+    }
 
 
 def read_labelled(path: Path, task: TaskSpec, limit: int | None = None) -> list[GoldenExample]:
@@ -119,7 +148,8 @@ def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec) -> Q
     """
     fields = [field.name for field in task.output_fields]
     right = dict.fromkeys(fields, 0)
-    calibration: dict[str, list[tuple[float, bool]]] = {name: [] for name in fields}
+    calibration: dict[str, list[Pair]] = {name: [] for name in fields}
+    whole: list[Pair] = []
     failed = exact = answered = answered_exact = 0
     for row in rows:
         try:
@@ -133,6 +163,7 @@ def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec) -> Q
             if not outcome.guarded:
                 calibration[name].append((outcome.confidence[name], hit))
         exact += all(hits.values())
+        whole.append((min(outcome.confidence[name] for name in fields), all(hits.values())))
         if all(outcome.confidence[name] >= floor for name, floor in task.thresholds.items()):
             answered += 1
             answered_exact += all(hits.values())
@@ -144,17 +175,7 @@ def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec) -> Q
         ece={name: expected_calibration_error(pairs) for name, pairs in calibration.items()},
         answered=answered / len(rows),
         exact_when_answered=answered_exact / answered if answered else 0.0,
+        reliability={name: bins(pairs) for name, pairs in calibration.items()},
+        risk_by_field={name: risk_coverage(pairs, len(rows)) for name, pairs in calibration.items()},
+        risk=risk_coverage(whole, len(rows)),
     )
-
-
-def expected_calibration_error(pairs: Sequence[tuple[float, bool]]) -> float:
-    """Mean distance between confidence and accuracy over equal-width bins, weighted by their size.
-
-    Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 5.
-    """
-    if not pairs:
-        return 0.0
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(ECE_BINS)]
-    for confidence, hit in pairs:
-        bins[min(ECE_BINS - 1, int(confidence * ECE_BINS))].append((confidence, hit))
-    return sum(abs(sum(c for c, _ in b) - sum(h for _, h in b)) for b in bins) / len(pairs)
