@@ -25,7 +25,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_PARAMETERS = 1_000_000_000
 MAX_CONFIG_BYTES = 4 << 20
 
-ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3", "gemma3_text"})
+ARCHITECTURES = frozenset(
+    {"ernie4_5", "exaone4", "gemma", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "starcoder2"}
+)
 """``model_type`` values whose fused graph is held against transformers by a test. Others are refused, not guessed."""
 
 

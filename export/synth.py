@@ -87,8 +87,52 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10_000.0,
         "rms_norm_eps": 1e-6,
     },
+    "ernie4.5-0.3b": {
+        "model_type": "ernie4_5",
+        "vocab_size": 103_424,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 500_000.0,
+        "rms_norm_eps": 1e-5,
+        "use_bias": False,
+    },
+    "tinymistral-248m": {
+        "model_type": "mistral",
+        "vocab_size": 32_003,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 32,
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "pythia-160m": {
+        "model_type": "gpt_neox",
+        "vocab_size": 50_304,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10_000,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
 }
-"""Shapes of the published ``config.json`` files; every one ties head and embedding."""
+"""Shapes of the published ``config.json`` files."""
+
+_UNSAID = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+"""What shapes leave out: most tie head and embedding, and the tokenizer is ours."""
 
 EOS = "<|eos|>"
 TRAINED_TOKENS = 4096
@@ -125,18 +169,9 @@ def synthesise(like: str, folder: Path, *, layers: int | None = None, **changes:
     Raises:
         RefusedError: ``export.shape_unknown`` or ``export.out_exists``.
     """
-    if like not in SHAPES:
-        raise RefusedError("export.shape_unknown", f"no shape {like!r}; there are: {', '.join(SHAPES)}")
     if folder.exists() and any(folder.iterdir()):
         raise RefusedError("export.out_exists", f"{folder} is not empty")
-    shape = {**SHAPES[like], "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    if layers is not None:
-        shape["num_hidden_layers"] = layers
-    shape.update(changes)
-    if shape["model_type"] == "gemma3_text":
-        # Five local layers to a global one, as published.
-        count = shape["num_hidden_layers"]
-        shape["layer_types"] = ["full_attention" if (n + 1) % 6 == 0 else "sliding_attention" for n in range(count)]
+    shape = _whole_shape(like, changes if layers is None else {"num_hidden_layers": layers, **changes})
     torch.manual_seed(SEED)
     config = AutoConfig.for_model(**shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -149,6 +184,17 @@ def synthesise(like: str, folder: Path, *, layers: int | None = None, **changes:
         if folder.exists():
             folder.rmdir()
         shutil.copytree(building, folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_parameters(like: str) -> int:
+    """Parameters of a shape, counted without memory for a single weight.
+
+    Raises:
+        RefusedError: ``export.shape_unknown``.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**_whole_shape(like, {})))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -181,6 +227,17 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     filled = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
     filled.add_special_tokens([EOS])
     return filled
+
+
+def _whole_shape(like: str, changes: dict[str, Any]) -> dict[str, Any]:
+    if like not in SHAPES:
+        raise RefusedError("export.shape_unknown", f"no shape {like!r}; there are: {', '.join(SHAPES)}")
+    shape = {**_UNSAID, **SHAPES[like], **changes}
+    if shape["model_type"] == "gemma3_text":
+        # Five local layers to a global one, as published.
+        count = shape["num_hidden_layers"]
+        shape["layer_types"] = ["full_attention" if (n + 1) % 6 == 0 else "sliding_attention" for n in range(count)]
+    return shape
 
 
 def _byte_level(model: Any) -> Tokenizer:
