@@ -8,4 +8,5 @@ mosquitto mosquitto
 strace strace
 systemd-analyze systemd
 git git
+qemu-aarch64-static qemu-user-static
 END
