@@ -83,6 +83,12 @@ def number(value: object) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def share(value: object) -> float | None:
+    """A share of one, or None for anything else."""
+    found = number(value)
+    return found if found is not None and 0 <= found <= 1 else None
+
+
 def bytes_text(count: float) -> str:
     """Bytes with three significant figures and a decimal unit: ``3.19 MB``."""
     size, unit = float(count), "B"
@@ -95,9 +101,9 @@ def bytes_text(count: float) -> str:
     return f"{size:.{digits}f}{_SPACE}{unit}"
 
 
-def share_text(share: float, digits: int = 1) -> str:
+def share_text(part: float, digits: int = 1) -> str:
     """A share of one in per cent: ``97.5 %``."""
-    return f"{100 * share:.{digits}f}{_SPACE}%"
+    return f"{100 * part:.{digits}f}{_SPACE}%"
 
 
 def duration_text(milliseconds: float) -> str:

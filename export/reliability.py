@@ -137,6 +137,6 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
         Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927: unlike the normal
         approximation it stays inside 0..1 and has a width when all answers are right.
     """
-    spread = _Z_95 * math.sqrt(share * (1 - share) / count + _Z_95**2 / (4 * count**2))
+    spread = _Z_95 * math.sqrt(share * (1 - share) / count + _Z_95**2 / 4 / count / count)
     middle, scale = share + _Z_95**2 / (2 * count), 1 + _Z_95**2 / count
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)

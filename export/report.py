@@ -15,7 +15,7 @@ from typing import Any
 from onnx import ModelProto
 
 from edge_agent.errors import PermanentError
-from export.markup import bytes_text, duration_text, element, figure_text, number, share_text, table, text
+from export.markup import bytes_text, duration_text, element, figure_text, number, share, share_text, table, text
 from export.report_figures import (
     front_figures,
     in_order,
@@ -189,7 +189,7 @@ def _headline(report: Mapping[str, Any]) -> str:
     for task, by_precision in sorted(report["quality"].items()):
         shipped = _shipped(report, by_precision)
         for precision in dict.fromkeys((shipped, "fp32")):
-            exact = number(by_precision.get(precision, {}).get("exact"))
+            exact = share(by_precision.get(precision, {}).get("exact"))
             if exact is not None:
                 tiles.append((f"{task}: every field right, {precision}", share_text(exact)))
     phases = latency_phases(report.get("latency") or {})

@@ -5,7 +5,7 @@ Every function answers an empty string when its numbers are not there, so that t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from export.charts import Axis, Bar, Group, Line, Point, bars, plot, reliability, round_step, scatter
@@ -15,6 +15,7 @@ from export.markup import (
     element,
     figure_text,
     number,
+    share,
     share_text,
     table,
     text,
@@ -55,8 +56,8 @@ def size_figure(sizes: Mapping[str, Any]) -> str:
     return figure(title, note, bars(title, groups), table(["part", "bytes"], rows))
 
 
-def _part_text(share: float) -> str:
-    return share_text(share, 0) if share >= 0.005 or share <= 0 else f"< {share_text(0.01, 0)}"
+def _part_text(part: float) -> str:
+    return share_text(part, 0) if part >= 0.005 or part <= 0 else f"< {share_text(0.01, 0)}"
 
 
 def latency_figures(latency: Mapping[str, Any]) -> list[str]:
@@ -102,14 +103,8 @@ def quality_figure(by_precision: Mapping[str, Mapping[str, Any]]) -> str:
     precisions = in_order(by_precision)
     fields = sorted({name for p in precisions for name in by_precision[p].get("accuracy", {})})
     groups = [
-        Group(
-            name,
-            tuple(_wrong(p, series, by_precision[p], share(by_precision[p])) for series, p in _numbered(precisions)),
-        )
-        for name, share in [
-            *((field, _accuracy_of(field)) for field in fields),
-            ("any field", lambda figures: number(figures.get("exact"))),
-        ]
+        Group(name, tuple(_wrong(p, series, by_precision[p], right) for series, p in enumerate(precisions)))
+        for name, right in [*((field, _accuracy_of(field)) for field in fields), ("any field", _exact)]
     ]
     if not any(bar.value is not None for group in groups for bar in group.bars):
         return ""
@@ -121,14 +116,21 @@ def quality_figure(by_precision: Mapping[str, Mapping[str, Any]]) -> str:
     return figure(title, note, bars(title, groups, legend=precisions), _quality_table(by_precision, precisions, fields))
 
 
-def _accuracy_of(field: str) -> Any:
-    return lambda figures: number(figures.get("accuracy", {}).get(field))
+Read = Callable[[Mapping[str, Any]], float | None]
 
 
-def _wrong(precision: str, series: int, figures: Mapping[str, Any], right: float | None) -> Bar:
-    if right is None or not 0 <= right <= 1:
+def _accuracy_of(field: str) -> Read:
+    return lambda figures: share(figures.get("accuracy", {}).get(field))
+
+
+def _exact(figures: Mapping[str, Any]) -> float | None:
+    return share(figures.get("exact"))
+
+
+def _wrong(precision: str, series: int, figures: Mapping[str, Any], read: Read) -> Bar:
+    right, rows = read(figures), number(figures.get("rows"))
+    if right is None:
         return Bar(precision, None, UNMEASURED, series)
-    rows = number(figures.get("rows"))
     interval = wilson_interval(1 - right, int(rows)) if rows and rows >= 1 else None
     return Bar(precision, 1 - right, share_text(1 - right), series, interval)
 
@@ -143,20 +145,20 @@ def _quality_table(by: Mapping[str, Mapping[str, Any]], precisions: Sequence[str
         ("confident in every field", "answered"),
         ("every field right, of those", "exact_when_answered"),
     ):
-        rows.append((name, *(_share(number(by[p].get(key))) for p in precisions)))
+        rows.append((name, *(_share(share(by[p].get(key))) for p in precisions)))
     rows += [(name, *(by[p].get(name) for p in precisions)) for name in ("rows", "failed")]
     return table(["figure", *precisions], rows)
 
 
-def _share(share: float | None) -> str | None:
-    return None if share is None else share_text(share, 2)
+def _share(found: float | None) -> str | None:
+    return None if found is None else share_text(found, 2)
 
 
 def reliability_figures(figures: Mapping[str, Any], temperatures: Mapping[str, Any]) -> list[str]:
     """One diagram a field: accuracy over confidence, in fifteen bins."""
     shown = []
     for field, found in sorted((figures.get("reliability") or {}).items()):
-        bins = [b for b in found if all(number(b.get(key)) is not None for key in ("count", "confidence", "accuracy"))]
+        bins = [b for b in _with_shares(found, "confidence", "accuracy") if (number(b.get("count")) or 0) >= 1]
         if not bins:
             continue
         ece, temperature = number(figures.get("ece", {}).get(field)), number(temperatures.get(field))
@@ -173,16 +175,19 @@ def reliability_figures(figures: Mapping[str, Any], temperatures: Mapping[str, A
 def _bin(found: Mapping[str, Any]) -> tuple[Point, tuple[float, float], int]:
     confidence, accuracy, count = found["confidence"], found["accuracy"], int(found["count"])
     hint = f"confidence {share_text(confidence)}, right {share_text(accuracy)}, {count:,} answers"
-    return Point(confidence, accuracy, hint), wilson_interval(accuracy, max(1, count)), count
+    return Point(confidence, accuracy, hint), wilson_interval(accuracy, count), count
 
 
 def _bin_name(found: Mapping[str, Any]) -> str:
     index = number(found.get("bin"))
-    return (
-        UNMEASURED
-        if index is None
-        else f"{index / BINS:.3f} to {(index + 1) / BINS:.3f}".replace(" ", "\N{NO-BREAK SPACE}")
-    )
+    if index is None:
+        return UNMEASURED
+    return f"{index / BINS:.3f} to {(index + 1) / BINS:.3f}".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _with_shares(rows: Iterable[Mapping[str, Any]] | None, *keys: str) -> list[Mapping[str, Any]]:
+    """The rows that can be drawn: all of these are shares of one."""
+    return [row for row in rows or () if all(share(row.get(key)) is not None for key in keys)]
 
 
 def risk_figures(by_precision: Mapping[str, Mapping[str, Any]], shipped: str) -> list[str]:
@@ -207,10 +212,8 @@ _RISK_NOTE = (
 
 def _risk_figure(title: str, curves: Mapping[str, Any], note: str) -> str:
     lines, rows = [], []
-    for series, (name, found) in _numbered(curves.items()):
-        points = [
-            p for p in found or () if all(number(p.get(k)) is not None for k in ("coverage", "wrong", "confidence"))
-        ]
+    for series, (name, found) in enumerate(curves.items()):
+        points = _with_shares(found, "coverage", "wrong", "confidence")
         if points:
             hints = [f"{share_text(p['coverage'])} answered, {share_text(p['wrong'])} of them wrong" for p in points]
             drawn = tuple(Point(p["coverage"], p["wrong"], hint) for p, hint in zip(points, hints, strict=True))
@@ -218,7 +221,7 @@ def _risk_figure(title: str, curves: Mapping[str, Any], note: str) -> str:
             rows += [(name, p["confidence"], p["coverage"], p["wrong"]) for p in points]
     if not lines:
         return ""
-    x = Axis("share of events answered", 0, 1, lambda share: f"{100 * share:.0f} %")
+    x = Axis("share of events answered", 0, 1, lambda part: f"{100 * part:.0f} %")
     y = _from_zero("wrong, of those answered", [p.y for line in lines for p in line.points])
     numbers = table(["curve", "confidence at least", "answered", "wrong of those"], rows)
     return figure(title, note, plot(title, x, y, lines), numbers)
@@ -228,7 +231,7 @@ def _from_zero(name: str, shares: Sequence[float]) -> Axis:
     top = max(*shares, 0.001)
     step = round_step(top / 5)
     digits = 0 if step >= 0.01 else 1 if step >= 0.001 else 2
-    return Axis(name, 0, step * -(-top // step), lambda share: f"{100 * share:.{digits}f} %")
+    return Axis(name, 0, step * -(-top // step), lambda part: f"{100 * part:.{digits}f} %")
 
 
 def front_figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -316,7 +319,3 @@ def sensitivity_figure(layers: Sequence[Mapping[str, Any]]) -> str:
 def in_order(by_precision: Mapping[str, Any]) -> list[str]:
     """Precisions by name, fp32 first: it is what the others are held against."""
     return sorted(by_precision, key=lambda name: (name != "fp32", name))
-
-
-def _numbered(items: Iterable[Any]) -> list[tuple[int, Any]]:
-    return list(enumerate(items))
