@@ -24,8 +24,9 @@ from edge_agent.fs import sha256_file
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig.json"
 MAX_MANIFEST_BYTES = 1 << 20
-MASKED_BIAS = -100.0
-"""What hides a position in a static graph: enough for the softmax, and no number that an NPU's compiler chokes on."""
+MASKED_BIAS = -1000.0
+"""What hides a position in a static graph. Trained attention knows scores of 100, so that -100 would not hide what a
+rewound text left behind; -3.4e38, which training uses, leaves a 16-bit tensor no room for anything else."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Target = Literal["cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"]

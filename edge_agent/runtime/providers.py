@@ -1,0 +1,79 @@
+"""Which of ONNX Runtime's execution providers runs a target's graphs, and how it is asked for.
+
+The CPU's provider is in every build. Qualcomm's is a plugin library from a wheel of its own (``onnxruntime-qnn``),
+OpenVINO's comes with another build of ONNX Runtime (``onnxruntime-openvino``). Neither is a dependency: a gateway
+installs the one that its hardware has.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+# Before the import below: the official Linux wheels report usage over the network by default.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import onnxruntime as ort
+
+from edge_agent.contract.manifest import Target
+from edge_agent.errors import PermanentError
+
+CPU = "CPUExecutionProvider"
+QNN = "QNNExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+PROVIDERS: dict[Target, str] = {
+    "cpu-arm64": CPU,
+    "cpu-x86_64": CPU,
+    "openvino": OPENVINO,
+    "qnn-htp": QNN,
+}
+"""The provider of each target that this agent can run."""
+QNN_OPTIONS = {"backend_type": "htp"}
+"""On x86-64 the wheel's HTP library is a slow emulator of the NPU, bit by bit; on a Qualcomm board it is the NPU."""
+OPENVINO_OPTIONS = {"device_type": "CPU"}
+"""The one OpenVINO device that was verified; its NPU compiler is not in the Linux wheels."""
+
+
+def use_provider(target: Target, options: Any) -> dict[str, Any]:
+    """Ask for a target's provider.
+
+    Args:
+        target: of the manifest.
+        options: `onnxruntime.SessionOptions`; a plugin's device is added to them.
+
+    Returns:
+        Keyword arguments for `onnxruntime.InferenceSession`.
+
+    Raises:
+        PermanentError: ``bundle.unsupported`` when this machine's ONNX Runtime lacks the provider.
+    """
+    provider = PROVIDERS.get(target)
+    if provider == QNN:
+        # What the NPU cannot do must fail here, not run unnoticed on the CPU.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_provider_for_devices(qnn_devices(), QNN_OPTIONS)
+        return {"sess_options": options}
+    if provider is None or provider not in ort.get_available_providers():
+        available = ", ".join(ort.get_available_providers())
+        raise PermanentError("bundle.unsupported", f"no provider for target {target}; here: {available}")
+    providers = [provider] if provider == CPU else [(provider, OPENVINO_OPTIONS)]
+    return {"sess_options": options, "providers": providers}
+
+
+@functools.cache
+def qnn_devices() -> list[Any]:
+    """Register Qualcomm's plugin, once a process, and list the devices that it offers.
+
+    Raises:
+        PermanentError: ``bundle.unsupported`` when the package ``onnxruntime-qnn`` is missing or does not load.
+    """
+    try:
+        plugin = importlib.import_module("onnxruntime_qnn")
+        ort.register_execution_provider_library(QNN, plugin.get_library_path())
+    except ImportError as error:
+        raise PermanentError("bundle.unsupported", "target qnn-htp needs the package onnxruntime-qnn") from error
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        raise PermanentError("bundle.unsupported", f"Qualcomm's plugin does not load: {error}") from error
+    return [device for device in ort.get_ep_devices() if device.ep_name == QNN][:1]
