@@ -26,6 +26,7 @@ from export.stages.fuse import fuse
 from export.stages.package import package
 from export.stages.prove import Candidate, prove, task_bytes
 from export.stages.quantise import quantise
+from export.stages.reference import reference
 from export.stages.specialise import specialise
 from export.tasks import TaskFolder, open_tasks
 
@@ -145,8 +146,15 @@ def _estimate(request: BuildRequest, given: _Given, work: Path) -> Plan:
 
 def _model_stages(request: BuildRequest, pipeline: Pipeline, given: _Given) -> Candidate:
     say, checkpoint, context, tasks = pipeline.progress, given.checkpoint, given.context_tokens, given.tasks
-    identity = {"checkpoint": checkpoint.sha256, "context_tokens": context}
-    fused = pipeline.stage("fuse", identity, lambda folder: fuse(checkpoint, context, folder, say))
+    recorded = pipeline.stage(
+        "reference", {"checkpoint": checkpoint.sha256}, lambda folder: reference(checkpoint, folder)
+    )
+    fused = pipeline.stage(
+        "fuse",
+        {"context_tokens": context},
+        lambda folder: fuse(checkpoint, recorded, context, folder, say),
+        after=("reference",),
+    )
     shipped, upstream = fused, "fuse"
     if request.precision == "int4":
         settings, upstream = request.quantisation, "quantise"
@@ -156,7 +164,7 @@ def _model_stages(request: BuildRequest, pipeline: Pipeline, given: _Given) -> C
     special = pipeline.stage("specialise", {}, lambda folder: specialise(shipped, folder), after=(upstream,))
     quality = request.measurement.quality
     parts = Parts(request.identity, checkpoint, tasks, special, texts={}, quality=quality, provenance={})
-    return Candidate(parts, fused, request.precision)
+    return Candidate(parts, fused, request.precision, given.board, request.elsewhere)
 
 
 def _prove_stage(
@@ -167,6 +175,8 @@ def _prove_stage(
         "identity": asdict(request.identity),
         "quality": request.measurement.quality,
         "labelled": _data_hashes(request.measurement),
+        "board": candidate.board.model_dump(mode="json"),
+        "elsewhere": [" ".join(one.command) for one in request.elsewhere.interpreters(candidate.board)],
     }
     return pipeline.stage(
         "prove",

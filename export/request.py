@@ -14,6 +14,7 @@ from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
 from export.evaluate import read_labelled
 from export.quantize import QuantSettings
+from export.stages.witnesses import Elsewhere
 from export.tasks import TaskFolder
 
 Precision = Literal["int4", "fp32"]
@@ -76,6 +77,7 @@ class BuildRequest:
         quantisation: method, block size and exceptions, for INT4.
         max_context_tokens: longest text; rotary tables are cut to it.
         measurement: labelled events and figures.
+        elsewhere: interpreters of other machines that prove the bundle.
     """
 
     checkpoint: Path
@@ -85,6 +87,7 @@ class BuildRequest:
     quantisation: QuantSettings = field(default_factory=QuantSettings)
     max_context_tokens: int = 2048
     measurement: Measurement = field(default_factory=Measurement)
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
 
 
 def read_quality(path: Path) -> dict[str, Any]:

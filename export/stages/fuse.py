@@ -9,21 +9,22 @@ from pathlib import Path
 from onnx import ModelProto
 
 from edge_agent.contract.manifest import ModelSpec
-from edge_agent.errors import PermanentError
+from export.fusions import fuse_projections
 from export.graph import build_fp32, graph_shape, save_graph
-from export.greedy import StepModel
 from export.measure import THREADS
-from export.parity import against_transformers
+from export.parity import prove_parity
 from export.pipeline import Progress
+from export.recording import load_recording
 from export.source import TOKENIZER_NAME, Checkpoint
 from export.stages.layout import DECODER, PARITY_NAME, write_spec
 
 
-def fuse(checkpoint: Checkpoint, context_tokens: int, folder: Path, progress: Progress) -> None:
+def fuse(checkpoint: Checkpoint, recording: Path, context_tokens: int, folder: Path, progress: Progress) -> None:
     """Build the fp32 graph and refuse it where it is not the model.
 
     Args:
         checkpoint: a checked checkpoint.
+        recording: outputs of stage *reference*.
         context_tokens: longest text.
         folder: receives ``model/decoder.onnx``, ``spec.json`` and ``parity.json``.
         progress: is told the largest difference.
@@ -32,21 +33,16 @@ def fuse(checkpoint: Checkpoint, context_tokens: int, folder: Path, progress: Pr
         PermanentError: ``export.parity_failed`` or what the graph builder raises.
     """
     model = build_fp32(checkpoint, context_tokens)
+    fuse_projections(model)
     save_graph(model, folder / DECODER)
     spec = fp32_spec(checkpoint, model, context_tokens)
     write_spec(folder, spec)
     del model  # gigabytes, and the comparison below loads the graph from disk
-    parity = against_transformers(checkpoint, StepModel(folder / DECODER, spec, threads=THREADS))
+    parity = prove_parity(load_recording(recording), folder / DECODER, spec, threads=THREADS)
     progress.line(
         f"fp32 graph: logits within {parity.max_abs_diff:.2e} of transformers at {parity.positions} positions"
     )
-    if not parity.holds:
-        raise PermanentError(
-            "export.parity_failed",
-            f"the fused graph differs from transformers by {parity.max_abs_diff:.3g} in a logit",
-            max_abs_diff=parity.max_abs_diff,
-            same_tokens=parity.same_tokens,
-        )
+    parity.require()
     (folder / PARITY_NAME).write_text(json.dumps(asdict(parity)) + "\n", "utf-8")
 
 

@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_agent.contract.manifest import Manifest
 from edge_agent.fs import copy_durable
 from export.assembly import Parts, assemble, checkpoint_facts
-from export.boards import buildable_board
 from export.bundle import fresh_directory, tool_versions
 from export.graph import load_graph
 from export.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
@@ -57,7 +56,8 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
         "format": 1,
         "bundle": {"name": identity.name, "version": identity.version, "target": identity.target},
         "precision": spec.precision,
-        "verification": buildable_board(identity.target).verification,
+        "verification": proof["verification"],
+        "evidence": proof["evidence"],
         "size_bytes": {
             **size_by_part(load_graph(parts.model / DECODER), model_bytes),
             "tokenizer": (parts.checkpoint.path / TOKENIZER_NAME).stat().st_size,

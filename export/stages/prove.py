@@ -10,21 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edge_agent.contract.manifest import read_manifest
-from edge_agent.errors import RefusedError
-from edge_agent.runtime.bundle import open_installed_bundle
-from edge_agent.runtime.engine import Engine
 from export.assembly import Parts, assemble
+from export.boards import Board
 from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
 from export.evaluate import evaluate
+from export.evidence import verification
 from export.greedy import GreedyDecoder, StepModel
-from export.measure import DEADLINE_S, THREADS, bundle_backend
+from export.measure import THREADS, bundle_backend
 from export.parity import Agreement, between
 from export.pipeline import Progress
 from export.request import Labelled
 from export.source import TOKENIZER_NAME
 from export.stages.layout import PROOF_NAME, link_or_copy, read_spec
+from export.stages.witnesses import Elsewhere, gather_evidence
 from export.tasks import TaskFolder
+from export.texts import TaskTexts
 
 MAX_PARITY_TEXTS = 16
 
@@ -37,11 +37,15 @@ class Candidate:
         parts: the bundle's ingredients, without calibration and report card.
         full: folder of the same model in fp32, laid out like ``parts.model``; the yardstick.
         precision: name of the candidate's precision in figures: ``int4``, ``fp32``.
+        board: the target.
+        elsewhere: who else can answer the golden examples.
     """
 
     parts: Parts
     full: Path
     precision: str
+    board: Board
+    elsewhere: Elsewhere
 
 
 def prove(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, progress: Progress) -> None:
@@ -68,7 +72,9 @@ def prove(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, 
             progress.line(f"{task.spec.name}: temperatures {found} from {len(rows)} events")
     with _looked_at(candidate.parts, calibration_texts(folder)) as bundle:
         proof["quality"] = _quality(candidate, bundle, labelled, progress)
-        _answer_golden(bundle, progress)
+        evidence = gather_evidence(candidate.board, bundle, candidate.elsewhere, progress)
+        proof["evidence"] = [one.as_dict() for one in evidence]
+        proof["verification"] = verification(candidate.board, *evidence)
     (folder / PROOF_NAME).write_text(json.dumps(proof, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -92,16 +98,7 @@ def _parity(candidate: Candidate, progress: Progress) -> dict[str, Any]:
 
 
 def _agreement(candidate: Candidate) -> Agreement:
-    tasks = candidate.parts.tasks
-    oracle = _oracle(candidate)
-    texts = [
-        (oracle.prompt(task.spec, dict(example.event)), oracle.answer_ids(dict(example.decision)))
-        for task in tasks
-        for example in task.golden[:MAX_PARITY_TEXTS]
-    ]
-    if not texts:
-        # Without golden examples the prefixes are all that is known of the input.
-        texts = [([1, 2, 3], oracle.answer_ids({"text": task.spec.prompt.prefix})) for task in tasks]
+    texts = TaskTexts(candidate.parts.checkpoint).golden(candidate.parts.tasks, MAX_PARITY_TEXTS)
     return between(_steps(candidate.full), _steps(candidate.parts.model), texts)
 
 
@@ -122,23 +119,6 @@ def _quality(
                 quality.setdefault(name, {})[precision] = found.as_dict()
                 progress.line(f"{name}: {precision} right in every field for {found.exact:.2%} of {found.rows} events")
     return quality
-
-
-def _answer_golden(bundle: Path, progress: Progress) -> None:
-    """Load the bundle with the device's engine and refuse what a device's trial would refuse."""
-    engine = Engine(open_installed_bundle(bundle, read_manifest(bundle)[1]), THREADS)
-    total = 0
-    for name in engine.tasks:
-        for number, example in enumerate(engine.golden(name), start=1):
-            total += 1
-            # Without the task's deadline: a busy build machine says nothing about a device's speed.
-            answer = engine.decide(name, dict(example.event), deadline_s=DEADLINE_S)
-            if answer.decision != example.decision:
-                raise RefusedError(
-                    "export.golden_failed",
-                    f"golden example {number} of task {name!r} is answered {answer.decision}, not {example.decision}",
-                )
-    progress.line(f"engine: {total} golden examples answered as they must be")
 
 
 @contextmanager

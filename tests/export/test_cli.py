@@ -37,7 +37,7 @@ def test_build_sign_and_eval(
     printed = capsys.readouterr()
     built = json.loads(printed.out)
     assert built["report"]["precision"] == "int4-k_quant-32"
-    assert "engine: 4 golden examples answered as they must be" in printed.err
+    assert "engine: 4 of 4 golden examples right with CPUExecutionProvider" in printed.err
     public = load_signing_key(key_file).public_key()
     assert open_signed_bundle(out, [public]).digest == built["digest"]
 

@@ -169,6 +169,7 @@ def test_resumed_bundle_equals_an_uninterrupted_one(make_bundle: Build, tmp_path
     assert again.digest == whole.digest
     assert {timing.stage: timing.reused for timing in again.timings} == {
         "source": False,
+        "reference": True,
         "fuse": True,
         "quantise": True,
         "specialise": False,
