@@ -25,7 +25,13 @@ from edge_agent.errors import EdgeError, IntegrityError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
 
 MAX_DEFAULT_THREADS = 4
-_PROVIDERS = {"cpu-arm64": "CPUExecutionProvider", "cpu-x86_64": "CPUExecutionProvider"}
+_PROVIDERS = {
+    "cpu-arm64": "CPUExecutionProvider",
+    "cpu-x86_64": "CPUExecutionProvider",
+    "cuda-jetson": "CUDAExecutionProvider",
+}
+_CACHE_DEVICES = {"CUDAExecutionProvider": "cuda"}
+"""Where a provider's caches lie, if not in ordinary memory."""
 _KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 _LIBRARY_ERRORS = tuple(
     getattr(ort_errors, name)
@@ -152,7 +158,8 @@ class KvCache:
         shape = (1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
             # Zeros, not empty: pages are touched now, so that memory which is missing is missed at load.
-            self._buffers = [np.zeros(shape, dtype) for _ in range(2 * spec.num_layers)]
+            device = _CACHE_DEVICES.get(session.get_providers()[0], "cpu")
+            self._buffers = [_on_device(np.zeros(shape, dtype), device) for _ in range(2 * spec.num_layers)]
             self._ids = np.zeros((1, capacity_tokens), np.int64)
             self._mask = np.ones((1, capacity_tokens), np.int64)
             self._counts = np.zeros(1, np.int32) if spec.ragged else None  # (1,): real tokens of the only row
@@ -164,8 +171,8 @@ class KvCache:
         self._binding: Any = session.io_binding()
         names = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
         for name, buffer in zip(names, self._buffers, strict=True):
-            _bind(self._binding, "input", f"past_key_values.{name}", buffer, shape)
-            _bind(self._binding, "output", f"present.{name}", buffer, shape)
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+            self._binding.bind_ortvalue_output(f"present.{name}", buffer)
         if self._counts is not None:
             _bind(self._binding, "input", "query_seqlens", self._counts, (1,))
         if head is None:
@@ -225,6 +232,12 @@ def _bind(
 ) -> None:
     bind = binding.bind_input if side == "input" else binding.bind_output
     bind(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
+
+
+def _on_device(zeros: NDArray[Any], device: str) -> Any:
+    # A graph reads its inputs where it runs. What is bound from elsewhere is copied there once, when it is bound: a
+    # cache on the wrong side would stay as empty as it began.
+    return _mapped("allocating a cache", lambda: ort.OrtValue.ortvalue_from_numpy(zeros, device, 0))
 
 
 def _load(path: Path, options: Any, provider: str) -> Any:
