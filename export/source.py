@@ -1,29 +1,31 @@
-"""The checkpoint as it arrives: checked completely before any graph is built, and never unpickled.
+"""The checkpoint as it arrives: checked completely before any graph is built, and never run.
 
-A checkpoint is a directory with ``config.json``, ``*.safetensors`` and ``tokenizer.json``.
+A checkpoint is a directory with ``config.json``, ``*.safetensors`` and ``tokenizer.json``. What brings code of its own
+is refused: Python files always, pickles unless the user vouches for them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import sha256_file
+from export import weights
+from export.pickles import convert_pickles, least_parameters, pickled_files
+from export.tokenizer import check_tokenizer, fitted_tokenizer, tokens_beyond
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SINGLE_NAME = weights.SINGLE_NAME
+INDEX_NAME = weights.INDEX_NAME
 MAX_PARAMETERS = 1_000_000_000
-MAX_CONFIG_BYTES = 4 << 20
+CODE_PATTERNS = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
+"""How files are named that transformers would run for a model that it does not know."""
 
 ARCHITECTURES = frozenset(
     {"ernie4_5", "exaone4", "gemma", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "starcoder2"}
@@ -70,10 +72,7 @@ class Checkpoint:
     @property
     def eos_token_id(self) -> int:
         """The end token, the first where the configuration lists several."""
-        found = _first_id(self.config.get("eos_token_id"))
-        if found is None:
-            raise PermanentError("export.config_invalid", "config.json names no eos_token_id")
-        return found
+        return _eos_token_id(self.config)
 
     @property
     def sha256(self) -> str:
@@ -82,155 +81,126 @@ class Checkpoint:
         return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, allow_large: bool = False, trust: bool = False, scratch: Path | None = None
+) -> Checkpoint:
     """Check a checkpoint directory and describe it.
 
     Args:
-        path: directory with config.json, safetensors weights and tokenizer.json.
+        path: directory with config.json, weights and tokenizer.json.
+        allow_large: whether more than `MAX_PARAMETERS` are welcome.
+        trust: whether pickled weights are welcome. They are read by torch's weights-only reader, which makes tensors
+            and calls nothing, and written to ``scratch`` as safetensors; code in a checkpoint stays refused.
+        scratch: folder for a checkpoint that must be written anew before it can be used: pickles become safetensors,
+            and control tokens for which the model has no row are left out of the tokenizer. Must outlive the result.
 
     Returns:
-        The description; weights stay on disk.
+        The description; weights stay on disk. `Checkpoint.path` is below ``scratch`` where it was written anew, but
+        `Checkpoint.file_hashes` are always those of the files in ``path``.
 
     Raises:
         PermanentError: ``export.checkpoint_missing``, ``export.config_invalid``, ``export.weights_missing``,
-            ``export.index_invalid``, ``export.shard_missing``, ``export.weights_corrupt``, ``export.nan_weights``,
-            ``export.tokenizer_missing``, ``export.tokenizer_invalid``, ``export.vocab_mismatch``.
-        RefusedError: ``export.architecture_unsupported``, ``export.pickle_refused``, ``export.too_large``.
+            ``export.index_invalid``, ``export.shard_missing``, ``export.weights_corrupt``, ``export.tensor_missing``,
+            ``export.nan_weights``, ``export.pickle_invalid``, ``export.tokenizer_*``, ``export.vocab_mismatch``.
+        RefusedError: ``export.architecture_unsupported``, ``export.remote_code_refused``,
+            ``export.quantised_already``, ``export.pickle_refused``, ``export.too_large``.
     """
     config = _read_config(path)
-    weight_files = _weight_files(path)
-    # Sizes come from the headers, so that a 70B checkpoint is refused before a byte of it is read.
-    parameters = sum(_count_parameters(file) for file in weight_files)
-    if parameters > MAX_PARAMETERS:
+    sources = weights.weight_files(path) or pickled_files(path, trust=trust)
+    if not sources:
+        raise PermanentError("export.weights_missing", f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+    pickled = sources[0].suffix != ".safetensors"
+    # Sizes come from headers and file sizes, so that a 70B checkpoint is refused before a weight of it is read.
+    _check_size(least_parameters(sources) if pickled else weights.count_parameters(sources), allow_large=allow_large)
+    rows = int(config["vocab_size"])
+    tokenizer_file = path / TOKENIZER_NAME
+    beyond = tokens_beyond(tokenizer_file, rows) if tokenizer_file.is_file() else []
+    folder, files = path, sources
+    if scratch is not None and (pickled or beyond):
+        folder = scratch / "checkpoint"
+        files = _write_anew(path, sources, folder, config)
+    elif pickled:
+        raise ValueError("a pickled checkpoint can only be opened with a scratch folder")
+    parameters = weights.count_parameters(files)
+    _check_size(parameters, allow_large=allow_large)
+    eos_token_id = _eos_token_id(config)
+    bos_token_id = check_tokenizer(folder / TOKENIZER_NAME, rows, eos_token_id)
+    for file in files:
+        weights.check_finite(file)
+    hashes = {file.name: sha256_file(file) for file in (path / CONFIG_NAME, tokenizer_file, *sources)}
+    return Checkpoint(folder, config, files, parameters, bos_token_id, hashes)
+
+
+def _check_size(parameters: int, *, allow_large: bool) -> None:
+    if parameters > MAX_PARAMETERS and not allow_large:
         raise RefusedError(
-            "export.too_large", f"{parameters:,} parameters exceed {MAX_PARAMETERS:,}", parameters=parameters
+            "export.too_large",
+            f"at least {parameters:,} parameters exceed {MAX_PARAMETERS:,}: such a model answers too slowly on the "
+            "gateways this is for; --allow-large builds it all the same",
+            parameters=parameters,
         )
-    bos_token_id = _check_tokenizer(path / TOKENIZER_NAME, int(config["vocab_size"]))
-    for file in weight_files:
-        _check_finite(file)
-    names = [CONFIG_NAME, TOKENIZER_NAME, *(file.name for file in weight_files)]
-    hashes = {name: sha256_file(path / name) for name in names}
-    checkpoint = Checkpoint(path, config, weight_files, parameters, bos_token_id, hashes)
-    if checkpoint.eos_token_id >= checkpoint.vocab_size:
-        raise PermanentError(
-            "export.config_invalid", f"eos_token_id {checkpoint.eos_token_id} is outside the vocabulary"
-        )
-    return checkpoint
+
+
+def _write_anew(path: Path, sources: tuple[Path, ...], folder: Path, config: dict[str, Any]) -> tuple[Path, ...]:
+    """The checkpoint in ``path`` as safetensors and with a tokenizer that fits; returns its weight files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copyfile(path / CONFIG_NAME, folder / CONFIG_NAME)
+    if (path / TOKENIZER_NAME).is_file():
+        fitted = fitted_tokenizer(path / TOKENIZER_NAME, int(config["vocab_size"]))
+        (folder / TOKENIZER_NAME).write_bytes(fitted)
+    if sources[0].suffix != ".safetensors":
+        return (convert_pickles(sources, folder, tied=config.get("tie_word_embeddings") is True),)
+    index = path / INDEX_NAME
+    for file in [*sources, *([index] if index.is_file() else [])]:
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            shutil.copyfile(file, folder / file.name)
+    return tuple(folder / file.name for file in sources)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_NAME
     if not file.is_file():
         raise PermanentError("export.checkpoint_missing", f"{path} holds no {CONFIG_NAME}", path=str(path))
-    config = _read_json(file, "export.config_invalid")
+    config = weights.read_json(file, "export.config_invalid")
+    _refuse_code(path, config)
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise RefusedError("export.architecture_unsupported", f"architecture {architecture!r} is not one of: {known}")
+    if config.get("quantization_config"):
+        raise RefusedError(
+            "export.quantised_already", "the checkpoint is quantised already: take the one that it was made from"
+        )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PermanentError(
                 "export.config_invalid", f"config.json: {name} must be a positive integer, not {value!r}"
             )
+    if _eos_token_id(config) >= config["vocab_size"]:
+        raise PermanentError(
+            "export.config_invalid", f"eos_token_id {config['eos_token_id']} is outside the vocabulary"
+        )
     return config
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    if (path / INDEX_NAME).is_file():
-        return _indexed_files(path)
-    if (path / SINGLE_NAME).is_file():
-        return (path / SINGLE_NAME,)
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
+def _refuse_code(path: Path, config: dict[str, Any]) -> None:
+    found = sorted(file.name for pattern in CODE_PATTERNS for file in path.glob(pattern))
+    if config.get("auto_map") or found:
+        what = found[0] if found else f"auto_map in {CONFIG_NAME}"
         raise RefusedError(
-            "export.pickle_refused",
-            f"{pickles[0]} is a pickle, which can run code when it is opened: convert the checkpoint to safetensors",
+            "export.remote_code_refused",
+            f"the checkpoint brings code of its own ({what}), and what that computes cannot be known without running "
+            "it: take a version of the model that needs no trust_remote_code",
         )
-    raise PermanentError("export.weights_missing", f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-def _indexed_files(path: Path) -> tuple[Path, ...]:
-    weight_map = _read_json(path / INDEX_NAME, "export.index_invalid").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PermanentError("export.index_invalid", f"{INDEX_NAME} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if PurePath(name).suffix in PICKLE_SUFFIXES:
-            raise RefusedError("export.pickle_refused", f"{INDEX_NAME} names {name}, which is a pickle")
-        if PurePath(name).name != name or not name.endswith(".safetensors"):
-            raise PermanentError(
-                "export.index_invalid", f"{INDEX_NAME} names {name!r}, which is not a shard of this folder"
-            )
-        if not (path / name).is_file():
-            raise PermanentError("export.shard_missing", f"shard {name} of {len(names)} is not there", shard=name)
-    return tuple(path / name for name in names)
-
-
-def _count_parameters(file: Path) -> int:
-    total = 0
-    try:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
-                count = 1
-                for size in weights.get_slice(name).get_shape():
-                    count *= size
-                total += count
-    except (SafetensorError, OSError) as error:
-        raise PermanentError(
-            "export.weights_corrupt", f"{file.name} is not a whole safetensors file: {error}"
-        ) from error
-    return total
-
-
-def _check_finite(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
-                tensor = weights.get_tensor(name)
-                # NaN and infinity survive a sum, and a sum needs no mask as large as the tensor.
-                if tensor.is_floating_point() and not bool(tensor.double().sum().isfinite()):
-                    raise PermanentError("export.nan_weights", f"{name} holds NaN or infinity", tensor=name)
-    except SafetensorError as error:
-        raise PermanentError("export.weights_corrupt", f"{file.name}: {error}") from error
-
-
-def _check_tokenizer(file: Path, vocab_size: int) -> int | None:
-    """Read the tokenizer and return the id that it puts before every text, if any."""
-    if not file.is_file():
-        raise PermanentError(
-            "export.tokenizer_missing", f"{file.name} is missing: only fast tokenizers can be exported"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception for a bad file
-        raise PermanentError("export.tokenizer_invalid", f"{file.name}: {error}") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    # A model may have more rows than the tokenizer has tokens (padding to a round number), never fewer.
-    if largest >= vocab_size:
-        raise PermanentError(
-            "export.vocab_mismatch",
-            f"the tokenizer's largest id is {largest}, but the model has {vocab_size} rows",
-            largest_id=largest,
-            vocab_size=vocab_size,
-        )
-    plain = tokenizer.encode("x", add_special_tokens=False).ids
-    decorated = tokenizer.encode("x", add_special_tokens=True).ids
-    return int(decorated[0]) if len(decorated) > len(plain) and decorated[1 : 1 + len(plain)] == plain else None
-
-
-def _read_json(file: Path, code: str) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise PermanentError(code, f"{file.name} exceeds {MAX_CONFIG_BYTES} bytes")
-        parsed = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PermanentError(code, f"{file.name}: {error}") from error
-    if not isinstance(parsed, dict):
-        raise PermanentError(code, f"{file.name} is not a JSON object")
-    return parsed
-
-
-def _first_id(value: Any) -> int | None:
+def _eos_token_id(config: dict[str, Any]) -> int:
+    value = config.get("eos_token_id")
     first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, int) and not isinstance(first, bool) else None
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise PermanentError("export.config_invalid", "config.json names no eos_token_id")
+    return first

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from edge_agent.errors import EdgeError
@@ -14,10 +17,24 @@ from export.source import open_checkpoint
 from tests.export.conftest import Build, change_config, change_weights
 
 
-def code_of(checkpoint: Path) -> str:
+def code_of(checkpoint: Path, **options: Any) -> str:
     with pytest.raises(EdgeError) as caught:
-        open_checkpoint(checkpoint)
+        open_checkpoint(checkpoint, **options)
     return caught.value.code
+
+
+def split(checkpoint: Path) -> tuple[Path, Path]:
+    """The weights as two shards with an index."""
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = [checkpoint / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    weight_map = {}
+    for file, part in zip(files, (names[:7], names[7:]), strict=True):
+        save_file({name: weights[name] for name in part}, file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file.name))
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return files[0], files[1]
 
 
 def test_whole_checkpoint_is_described(llama: Path) -> None:
@@ -107,7 +124,7 @@ def test_tensor_of_another_shape_is_refused(checkpoint: Path, make_bundle: Build
     change_config(checkpoint, intermediate_size=256)
     with pytest.raises(EdgeError) as caught:
         make_bundle(tmp_path / "bundle", checkpoint=checkpoint)
-    assert caught.value.code == "export.graph_failed"
+    assert caught.value.code == "export.reference_failed"
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "t5", None, "../llama"])
@@ -152,3 +169,85 @@ def test_checkpoint_above_one_billion_is_refused_by_its_header_alone(checkpoint:
         writer.write(len(header).to_bytes(8, "little") + header)
         writer.truncate(8 + len(header) + 2 * count)
     assert code_of(checkpoint) == "export.too_large"
+
+
+def test_large_checkpoint_is_welcome_when_asked_for(checkpoint: Path) -> None:
+    count = 1_200_000_000
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    with (checkpoint / "model.safetensors").open("wb") as writer:
+        writer.write(len(header).to_bytes(8, "little") + header)
+        writer.truncate(8 + len(header) + 2 * count)
+    (checkpoint / "tokenizer.json").unlink()
+    # The next check speaks, so the size was accepted; the weights are not read.
+    assert code_of(checkpoint, allow_large=True) == "export.tokenizer_missing"
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_checkpoint_is_whole(checkpoint: Path) -> None:
+    parameters = open_checkpoint(checkpoint).parameters
+    shards = split(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    assert opened.weight_files == shards
+    assert opened.parameters == parameters
+
+
+def test_missing_shard_of_two_is_named(checkpoint: Path) -> None:
+    split(checkpoint)[1].unlink()
+    assert code_of(checkpoint) == "export.shard_missing"
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_shard_is_refused(checkpoint: Path, kept: float) -> None:
+    shard = split(checkpoint)[1]
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[: int(len(raw) * kept)])
+    assert code_of(checkpoint) == "export.weights_corrupt"
+
+
+def test_shards_without_their_index_are_refused(checkpoint: Path) -> None:
+    split(checkpoint)
+    (checkpoint / "model.safetensors.index.json").unlink()
+    assert code_of(checkpoint) == "export.index_invalid"
+
+
+def test_shard_of_another_download_is_refused(checkpoint: Path) -> None:
+    first, second = split(checkpoint)
+    shutil.copyfile(first, second)
+    assert code_of(checkpoint) == "export.tensor_missing"
+
+
+def test_nan_in_the_last_shard_is_found(checkpoint: Path) -> None:
+    shard = split(checkpoint)[1]
+    weights = load_file(shard)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, shard)
+    assert code_of(checkpoint) == "export.nan_weights"
+
+
+# --- code of its own -----------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_that_names_its_own_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    change_config(checkpoint, auto_map={"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"})
+    assert code_of(checkpoint) == "export.remote_code_refused"
+    # Trust is for data, never for code.
+    assert code_of(checkpoint, trust=True, scratch=tmp_path) == "export.remote_code_refused"
+
+
+@pytest.mark.parametrize("name", ["modeling_tiny.py", "configuration_tiny.py", "tokenization_tiny.py"])
+def test_checkpoint_that_brings_python_files_is_refused_and_they_stay_closed(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).write_text(f"open({str(checkpoint / 'ran')!r}, 'w')")
+    assert code_of(checkpoint) == "export.remote_code_refused"
+    assert not (checkpoint / "ran").exists()
+
+
+def test_own_code_is_named_before_an_unknown_architecture(checkpoint: Path) -> None:
+    change_config(checkpoint, model_type="openelm", auto_map={"AutoConfig": "configuration_openelm.OpenELMConfig"})
+    assert code_of(checkpoint) == "export.remote_code_refused"
+
+
+def test_quantised_checkpoint_is_refused(checkpoint: Path) -> None:
+    change_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert code_of(checkpoint) == "export.quantised_already"
