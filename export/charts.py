@@ -17,6 +17,8 @@ from export.markup import coordinate, element, text
 WIDTH = 360.0
 SERIES = 6
 """Distinct colours; a seventh series begins again with the first."""
+MAX_TICKS = 6
+"""More would touch each other: ``3.45 MB`` is 45 units wide."""
 _CHARACTER = 6.9
 """Width of a wide character of 12 units' type: what is cut to fit, fits in every system font."""
 _LEFT, _RIGHT = 44.0, 12.0
@@ -105,17 +107,22 @@ class Axis:
         return min(1.0, max(0.0, (at - low) / (high - low)))
 
     def ticks(self) -> list[float]:
-        """At most six round values inside the axis: more would touch each other."""
+        """Round values inside the axis, at most `MAX_TICKS`."""
         if self.is_log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             inside: list[float] = []
             for steps in ((1, 2, 5), (1, 3), (1,)):
                 found = [step * 10.0**decade for decade in decades for step in steps]
                 inside = [value for value in found if self.low <= value <= self.high]
-                if len(inside) <= 6:
+                if len(inside) <= MAX_TICKS:
                     return inside
-            return inside[:: max(1, math.ceil(len(inside) / 6))]
-        step = round_step((self.high - self.low) / 5)
+            return inside[:: max(1, math.ceil(len(inside) / MAX_TICKS))]
+        step = round_step((self.high - self.low) / MAX_TICKS)
+        while len(found := self._multiples(step)) > MAX_TICKS:
+            step = round_step(step * 1.5)
+        return found
+
+    def _multiples(self, step: float) -> list[float]:
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
 
@@ -194,11 +201,15 @@ def plot(title: str, x: Axis, y: Axis, lines: Sequence[Line], *, height: float =
 
 
 def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point], *, height: float = 270.0) -> str:
-    """Points of which some form a front; the front is joined, its points carry their labels, the knee is ringed."""
+    """Points of which some form a front: they carry their labels, and the knee is ringed.
+
+    The front is joined where it is a curve in this plane: one that was found with a third measure may zigzag.
+    """
     frame = _Frame(x, y, 20.0, height - 36)
     parts = frame.axes()
     front = sorted((p for p in points if p.kind != "plain"), key=lambda p: (p.x, p.y))
-    if len(front) > 1:
+    heights = [p.y for p in front]
+    if len(front) > 1 and heights in (sorted(heights), sorted(heights, reverse=True)):
         drawn = " ".join(f"{coordinate(px)},{coordinate(py)}" for px, py in map(frame.at, front))
         parts.append(element("polyline", class_="line l0", points=drawn))
     parts += [frame.dot(p, "s5", 3.0) for p in points if p.kind == "plain"]
@@ -208,8 +219,7 @@ def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point], *, height: fl
             parts.append(element("circle", class_="ring", cx=px, cy=py, r=13.5))
         parts.append(frame.dot(point, "s0" if point.kind == "front" else "s1", 9.0))
         parts.append(_label(px, py + 3.8, point.label, "onmark", anchor="middle"))
-    said = "; ".join(p.hint for p in points)
-    return _picture(title, said, height, parts)
+    return _picture(title, "; ".join(point.hint for point in points), height, parts)
 
 
 def reliability(title: str, points: Sequence[tuple[Point, tuple[float, float], int]], bin_width: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 ABSENT = "–"  # noqa: RUF001 - the dash of a table's empty cell
 _SPACE = "\N{NO-BREAK SPACE}"
 _FIRST_PRINTABLE = 0x20
+_LONG_WORD = 24
 # They turn the direction of the text around them, so that a name reads as something that it is not.
 _DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c")
 
@@ -146,10 +147,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [element("tr", *names)]
     for first, *others in written:
         cells = [element("th", text(figure_text(first)), scope="row")]
-        cells += [element("td", text(figure_text(v)), class_="n" if _is_number(v) else None) for v in others]
+        cells += [element("td", text(figure_text(value)), class_=_kind(value)) for value in others]
         lines.append(element("tr", *cells))
     return element("div", element("table", "\n".join(lines)), class_="wide")
 
 
+def _kind(value: object) -> str | None:
+    if _is_number(value):
+        return "n"
+    # A hash may be broken anywhere; words may not.
+    return "long" if any(len(word) > _LONG_WORD for word in figure_text(value).split()) else None
+
+
 def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return value.endswith(f"{_SPACE}%")
     return isinstance(value, int | float) and not isinstance(value, bool)

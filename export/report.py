@@ -25,9 +25,9 @@ from export.report_figures import (
     quality_figure,
     reliability_figures,
     risk_figures,
-    sensitivity_figure,
     size_figure,
 )
+from export.report_origin import facts_table, lineage_section, sensitivity_figure, vocabulary_section
 from export.report_style import POLICY, STYLE
 
 REPORT_JSON = "report.json"
@@ -131,7 +131,7 @@ def report_html_bytes(report: Mapping[str, Any]) -> bytes:
         report: required: ``bundle``, ``precision``, ``verification``, ``size_bytes``, ``parity``, ``quality``,
             ``calibration``, ``checkpoint``, ``tools``. Drawn when present: ``evidence`` (a list of runs),
             ``latency`` (of ``edge-agent bench``), ``sweep`` (a list), ``sensitivity`` (a list of ``layer``,
-            ``kl_nats``, ``int8``), ``vocabulary``, ``lineage`` (a list of steps before the export).
+            ``kl_nats``, ``int8``), ``vocabulary`` and ``lineage`` (see `export.report_origin`).
 
     Returns:
         UTF-8 HTML that is well-formed XML too; equal reports give equal bytes.
@@ -153,7 +153,7 @@ def report_html_bytes(report: Mapping[str, Any]) -> bytes:
                 "Size, quality and speed",
                 plots(front_figures(report.get("sweep") or [])) if report.get("sweep") else _how_to("sweep"),
             ),
-            _section("Parity", _facts(report["parity"])),
+            _section("Parity", facts_table(report["parity"])),
             *_optional(report),
             _section("Origin", _origin(report)),
         ]
@@ -272,11 +272,14 @@ def _optional(report: Mapping[str, Any]) -> list[str]:
     if report.get("sensitivity"):
         sections.append(_section("Sensitive layers", plots([sensitivity_figure(report["sensitivity"])])))
     if report.get("vocabulary"):
-        sections.append(_section("Vocabulary", _facts(report["vocabulary"])))
+        sections.append(_section("Vocabulary", vocabulary_section(report["vocabulary"])))
     if report.get("lineage"):
-        steps = "".join(_facts(step) for step in report["lineage"])
-        sections.append(_section("Before the export", steps))
+        sections += [_section(_step_title(step), lineage_section(step)) for step in report["lineage"]]
     return sections
+
+
+def _step_title(step: Mapping[str, Any]) -> str:
+    return "Before the export: distilled" if "shape" in step else "Before the export: layers taken out"
 
 
 def _origin(report: Mapping[str, Any]) -> str:
@@ -292,23 +295,3 @@ def _origin(report: Mapping[str, Any]) -> str:
     return element("p", text(said), element("code", text(checkpoint["sha256"]))) + "".join(
         element("details", element("summary", name), table(head, rows)) for name, head, rows in details
     )
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    """Names and values; a value that holds names and values itself is told line by line."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in facts.items():
-        words = str(name).replace("_", " ")
-        if isinstance(value, Mapping):
-            rows += [(f"{words}: {str(key).replace('_', ' ')}", _cell(item)) for key, item in value.items()]
-        else:
-            rows.append((words, _cell(value)))
-    return table(["", "result"], rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {figure_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(figure_text(item) for item in value)
-    return value

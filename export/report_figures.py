@@ -23,7 +23,6 @@ from export.markup import (
 from export.reliability import BINS, wilson_interval
 
 UNMEASURED = "not measured"
-MAX_LAYERS = 16
 _LOG_FROM_FACTOR = 30.0
 
 
@@ -244,17 +243,18 @@ def front_figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     marks = {id(row): str(index) for index, row in enumerate(front, start=1)}
     note = "Numbered: no other combination is better in one respect without being worse in another. Ringed: the knee."
     shown = []
-    for title, key, name in (
-        ("Size against loss", "kl_nats", "divergence from fp32, nats"),
-        ("Size against right answers", "accuracy", "every field right"),
-        ("Size against speed", "decode_tok_per_s", "decode, tokens/s"),
+    for title, key, name, beside in (
+        ("Size against loss", "kl_nats", "divergence from fp32, nats", ("top1", "perplexity_ratio")),
+        ("Size against right answers", "accuracy", "every field right", ()),
+        ("Size against speed", "decode_tok_per_s", "decode, tokens/s", ("prefill_tok_per_s",)),
     ):
         usable = [row for row in known if number(row.get(key)) is not None]
         if usable:
             points = [_sweep_point(row, key, marks.get(id(row), "")) for row in usable]
             y = _axis(name, [p.y for p in points], is_share=key == "accuracy")
             picture = scatter(title, _axis("size", [p.x for p in points], is_bytes=True), y, points)
-            shown.append(figure(title, note, picture, _sweep_table(known, marks)))
+            numbers = _sweep_table(known, marks, ("bytes", key, *beside))
+            shown.append(figure(title, note, picture, numbers))
     return shown
 
 
@@ -275,8 +275,7 @@ def _axis(name: str, values: Sequence[float], *, is_bytes: bool = False, is_shar
     return Axis(name, low - room, high + room, write)
 
 
-def _sweep_table(rows: Sequence[Mapping[str, Any]], marks: Mapping[int, str]) -> str:
-    keys = ("bytes", "kl_nats", "top1", "perplexity_ratio", "accuracy", "decode_tok_per_s", "prefill_tok_per_s")
+def _sweep_table(rows: Sequence[Mapping[str, Any]], marks: Mapping[int, str], keys: Sequence[str]) -> str:
     used = [key for key in keys if any(number(row.get(key)) is not None for row in rows)]
     lines = [
         (
@@ -287,33 +286,6 @@ def _sweep_table(rows: Sequence[Mapping[str, Any]], marks: Mapping[int, str]) ->
         for row in rows
     ]
     return table(["combination", "front", *(key.replace("_", " ") for key in used)], lines)
-
-
-def sensitivity_figure(layers: Sequence[Mapping[str, Any]]) -> str:
-    """How much each layer loses in INT4, and which stay int8 for it."""
-    known = [(row, loss) for row in layers if (loss := number(row.get("kl_nats"))) is not None]
-    if not known:
-        return ""
-    known.sort(key=lambda item: (-item[1], str(item[0].get("layer"))))
-    legend = ["int4", "int8"]
-    groups = [
-        Group(
-            str(row.get("layer")),
-            (
-                Bar(
-                    "int8" if row.get("int8") else "int4", max(0.0, loss), figure_text(loss), int(bool(row.get("int8")))
-                ),
-            ),
-        )
-        for row, loss in known[:MAX_LAYERS]
-    ]
-    note = "Divergence from fp32 (KL, nats) when this layer alone is rounded to four bits."
-    if len(known) > MAX_LAYERS:
-        note += f" The {MAX_LAYERS} most sensitive of {len(known)}; the numbers hold all."
-    rows = [(str(row.get("layer")), "int8" if row.get("int8") else "int4", loss) for row, loss in known]
-    title = "Loss of each layer in INT4"
-    picture = bars(title, groups, legend=legend)
-    return figure(title, note, picture, table(["layer", "kept as", "divergence, nats"], rows))
 
 
 def in_order(by_precision: Mapping[str, Any]) -> list[str]:

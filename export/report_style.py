@@ -41,9 +41,11 @@ summary { color: var(--soft); font-size: .9rem; cursor: pointer; padding: .35rem
 table { border-collapse: collapse; font-size: .92rem; margin: .4rem 0; overflow-wrap: normal }
 th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
 th { font-weight: 400 }
+.long { overflow-wrap: anywhere; min-width: 9rem }
 th[scope=col] { color: var(--soft); font-size: .85rem }
 th[scope=row] { min-width: 6.5rem }
 .n { text-align: right; font-variant-numeric: tabular-nums }
+td.n { white-space: nowrap }
 
 svg { display: block; width: 100%; height: auto; overflow: visible; font-size: 12px }
 .t, .v { fill: var(--ink) }

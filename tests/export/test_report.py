@@ -20,11 +20,12 @@ from edge_agent.errors import PermanentError, RefusedError
 from export.charts import WIDTH, Axis, Bar, Group, bars, round_step, short_count
 from export.evaluate import Outcome, evaluate, without_curves
 from export.markup import bytes_text, coordinate, duration_text, element, share_text, text
-from export.reference.bundle_build import BUNDLE, QUALITY
 from export.reliability import bins, expected_calibration_error, risk_coverage, wilson_interval
 from export.report import HOW_TO, redrawn, report_html_bytes, report_json_bytes
 from tests.export.conftest import TASK
 
+REFERENCE = Path(__file__).parents[2] / "export" / "reference"
+BUNDLE, QUALITY = REFERENCE / "bundle", REFERENCE / "quality.json"
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -93,8 +94,18 @@ def report(**changes: Any) -> dict[str, Any]:
                   combination("int4-hqq-32", 3_300_000, 0.005)],
         "sensitivity": [{"layer": "layers.0.down", "kl_nats": 0.0071, "int8": True},
                         {"layer": "layers.1.down", "kl_nats": 0.0002, "int8": False}],
-        "vocabulary": {"head_rows": 8192, "reachable_share": 0.9987},
-        "lineage": [{"step": "layers dropped", "layers": [2, 3]}],
+        "vocabulary": {"rows": 2048, "byte_tokens": 256, "control_tokens": 3, "answer_tokens": 61,
+                       "domain_tokens": 1728, "dropped_tokens": 0,
+                       "reach": {"tokens": 5000, "reachable": 4987, "reachable_share": 0.9974,
+                                 "tokens_with_bytes": 5031, "length_ratio": 1.0062}},
+        "lineage": [{"format": 1, "parent": {"sha256": "cd" * 32, "parameters": 5_000_000}, "dropped": [2],
+                     "kept": [0, 1],
+                     "rounds": [{"dropped": 2, "layers": [{"layer": 1, "influence": 0.4, "kl_nats": 0.91},
+                                                          {"layer": 2, "influence": 0.1, "kl_nats": 0.034}]}],
+                     "recovery": {"steps": 400, "lessons": 9000, "before": {"right": 0.81, "loss_nats": 0.4},
+                                  "after": {"right": 0.937, "loss_nats": 0.2, "kl_nats": None}}},
+                    {"format": 1, "parent": {"sha256": "ef" * 32}, "shape": {"hidden_size": 128}, "rounds": [],
+                     "training": {"steps": 900, "before": {"right": 0.1}, "after": {"right": 0.9123}}}],
     }  # fmt: skip
     return {**made, **changes}
 
@@ -241,6 +252,8 @@ DRAWN: dict[str, tuple[str, ...]] = {
     "latency": ("Once, at start", "For every event"),
     "sweep": ("Size against loss", "Size against speed"),
     "sensitivity": ("Loss of each layer",),
+    "vocabulary": ("Rows of the head",),
+    "lineage": ("What each layer is worth",),
     "quality": ("Wrong answers", "Whole decisions", "int4, each field", "kind: calibration error"),
     "size_bytes": ("Size by part",),
 }
@@ -352,6 +365,18 @@ def test_a_run_is_told_with_its_emulator_and_its_misses() -> None:
     assert ["cpu-arm64", "emulated", "CPU on aarch64, emulated by qemu", "23 of 24"] in table_rows(page(report()))
 
 
+def test_what_was_done_to_the_model_is_told() -> None:
+    root = page(report())
+    assert "99.74 % of the tokens of text that was held out can be chosen." in plain(root)
+    assert {"256", "3", "61", "1,728"} <= set(words(picture(root, "Rows of the head")))
+    told = table_rows(root)
+    assert ["layer 2", "taken out", "0.034", "0.1"] in told
+    assert ["right", "81.00 %", "93.70 %"] in told
+    assert ["right", "10.00 %", "91.23 %"] in told
+    headings = [plain(node) for node in root.iter("h2")]
+    assert {"Before the export: layers taken out", "Before the export: distilled"} <= set(headings)
+
+
 def test_every_picture_has_words_for_those_who_cannot_see_it() -> None:
     root = page(report())
     drawn = [svg for f in root.iter("figure") for svg in f.iter(f"{SVG}svg")]
@@ -390,13 +415,15 @@ def assert_drawable(root: ET.Element) -> None:
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda value: str(value)[:8])
-@pytest.mark.parametrize("key", ["quality", "latency", "sweep", "sensitivity", "size_bytes", "parity", "vocabulary"])
+@pytest.mark.parametrize(
+    "key", ["quality", "latency", "sweep", "sensitivity", "size_bytes", "parity", "vocabulary", "lineage"]
+)
 def test_number_that_is_none_breaks_no_picture(key: str, broken: Any) -> None:
     assert_drawable(page(report(**{key: damage(report()[key], broken)})))
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1e-300, 1e300, -1.0])
-@pytest.mark.parametrize("key", ["quality", "latency", "sweep", "sensitivity", "size_bytes"])
+@pytest.mark.parametrize("key", ["quality", "latency", "sweep", "sensitivity", "size_bytes", "vocabulary"])
 def test_extreme_numbers_stay_inside_the_picture(key: str, value: float) -> None:
     root = page(report(**{key: damage(report()[key], value)}))
     assert_drawable(root)
