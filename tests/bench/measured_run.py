@@ -27,12 +27,14 @@ class Run:
         peak_rss_bytes: the larger of two readings, taken every 50 ms: the kernel's own high-water mark of any one
             process of the tree, and the sum over the tree. Pages that two processes share count twice in the sum.
         stdout: what it printed.
+        stderr: what it said.
     """
 
     seconds: float
     cpu_seconds: float
     peak_rss_bytes: int
     stdout: str
+    stderr: str
 
 
 class CommandFailedError(Exception):
@@ -73,7 +75,7 @@ def run_measured(command: Sequence[str | Path], *, cwd: Path, timeout_s: float =
         if child.returncode != 0:
             name = " ".join(str(part) for part in command[:4])
             raise CommandFailedError(f"{name} … ended with {child.returncode}: {err.read()[-_TAIL_CHARS:].strip()}")
-        return Run(seconds, usage.ru_utime + usage.ru_stime, peak_rss_bytes, out.read())
+        return Run(seconds, usage.ru_utime + usage.ru_stime, peak_rss_bytes, out.read(), err.read())
 
 
 def _tree_rss_bytes(pid: int) -> int:

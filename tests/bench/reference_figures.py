@@ -8,13 +8,12 @@ from pathlib import Path
 
 from tests.bench.cache import ROOT
 from tests.bench.figures import RATIO, Figure, Target
-from tests.bench.made import REFERENCE, build_bundle, gguf_peer, graph_bytes, python_module
+from tests.bench.made import HELDOUT, REFERENCE, build_bundle, gguf_peer, graph_bytes, python_module
 from tests.bench.measured_run import CommandFailedError, run_measured
 
 LOSS = Target(0.5, "lower")
 _BUNDLE = REFERENCE / "bundle"
 _CHECKPOINT = REFERENCE / "checkpoint"
-_HELDOUT = REFERENCE / "data" / "heldout.jsonl"
 
 
 def reference_figures(events: int | None = None) -> Iterator[Figure]:
@@ -62,7 +61,7 @@ def loss_figure(key: str, label: str, before: Mapping[str, float], after: Mappin
 
 
 def _accuracy(bundle: Path, events: int | None) -> dict[str, float]:
-    command = python_module("export", "eval", bundle, "--data", _HELDOUT, "--json")
+    command = python_module("export", "eval", bundle, "--data", HELDOUT, "--json")
     limit = [] if events is None else ["--limit", str(events)]
     accuracy: dict[str, float] = json.loads(run_measured([*command, *limit], cwd=ROOT).stdout)["accuracy"]
     return accuracy

@@ -13,11 +13,11 @@ from tests.bench.figures import RATIO, Figure, Target, from_samples
 from tests.bench.interleaved import Command, Speeds, paired_ratios, take_turns
 from tests.bench.llama_cpp_peer import llama_cpp_python
 from tests.bench.made import (
+    HELDOUT,
     HERE,
     Built,
     GgufPeer,
     build_bundle,
-    domain_text,
     gguf_peer,
     optimum_peer,
     python_module,
@@ -83,7 +83,7 @@ def shape_figures(shape: str, settings: Settings, say: Say) -> list[Figure]:
     say(f"{shape}: edge-export build")
     built = _attempt(lambda: build_bundle(checkpoint, shape), say)
     say(f"{shape}: edge-export build, {PRUNED_ROWS}-row head")
-    rows: list[str | Path] = ["--vocab-from", domain_text(), "--vocab-rows", str(PRUNED_ROWS)]
+    rows: list[str | Path] = ["--vocab-from", HELDOUT, "--vocab-rows", str(PRUNED_ROWS)]
     pruned = _attempt(lambda: build_bundle(checkpoint, f"{shape}-head-8k", rows), say)
     say(f"{shape}: decode, {settings.rounds} rounds")
     speeds = _speeds(_commands(built, pruned, optimum, gguf, settings, say), settings, say)
@@ -115,7 +115,7 @@ def _attempt(make: Callable[[], T], say: Say) -> T | Missing:
 def _export_figures(shape: str, built: Built | Missing) -> Iterator[Figure]:
     targets = SHAPES[shape]
     run = None if isinstance(built, Missing) else built.run
-    why = built.why if isinstance(built, Missing) else "`edge-export build` with its defaults, nothing reused"
+    why = built.why if isinstance(built, Missing) else f"by stage: {built.stages}"
     yield Figure(
         f"{shape}.export_seconds",
         f"{shape}: export",
@@ -130,7 +130,7 @@ def _export_figures(shape: str, built: Built | Missing) -> Iterator[Figure]:
         None if run is None else run.peak_rss_bytes / GB,
         "GB",
         Target(targets.peak_rss_gb, "lower"),
-        note=why,
+        note=built.why if isinstance(built, Missing) else "",
     )
 
 
