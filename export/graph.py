@@ -96,18 +96,15 @@ def save_graph(model: ModelProto, path: Path, external_from_bytes: int = EXTERNA
     Returns:
         The files written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < external_from_bytes:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-        return [path]
-    return save_graphs({path: model})
+    return save_graphs({path: model}, external_from_bytes)
 
 
-def save_graphs(models: dict[Path, ModelProto]) -> list[Path]:
+def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTERNAL_FROM_BYTES) -> list[Path]:
     """Write graphs of one folder, with every large weight once in a file of the first: ``<first>.data``.
 
     Args:
         models: graph by path. Weights of one name must be the same weights.
+        external_from_bytes: a single graph below this size keeps its weights inside.
 
     Returns:
         The files written.
@@ -115,7 +112,11 @@ def save_graphs(models: dict[Path, ModelProto]) -> list[Path]:
     Raises:
         PermanentError: ``export.graph_unexpected`` when two graphs mean different weights by one name.
     """
-    first = next(iter(models))
+    first, model = next(iter(models.items()))
+    first.parent.mkdir(parents=True, exist_ok=True)
+    if len(models) == 1 and sum(len(tensor.raw_data) for tensor in model.graph.initializer) < external_from_bytes:
+        first.write_bytes(model.SerializeToString(deterministic=True))
+        return [first]
     weights = first.parent / f"{first.name}.data"
     written: dict[str, tuple[bytes, dict[str, str]]] = {}
     with weights.open("wb") as writer:

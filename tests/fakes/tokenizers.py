@@ -39,6 +39,26 @@ def metaspace(path: Path) -> Path:
     return _save(tokenizer, path)
 
 
+def byte_fallback(path: Path, *, missing: frozenset[int] = frozenset()) -> Path:
+    """SentencePiece as Gemma and Llama use it: whole words where it knows them, ``<0xNN>`` where it does not."""
+    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256) if byte not in missing)]
+    words = ["therm", "al", "stop", "_all", "high", "low", "true", "false", "pump", "\u2581leaks", "hi", "gh"]
+    letters = sorted(set('{}":,_0123456789abcdefghijklmnopqrstuvwxyz\u2581'))
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            merge = (word[: end - 1], word[end - 1])
+            if merge not in merges:
+                merges.append(merge)
+    joined = [left + right for left, right in merges]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *letters, *joined]))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(SPECIAL)
+    return _save(tokenizer, path)
+
+
 def lower_casing(path: Path) -> Path:
     """Cannot tell ``Low`` from ``low``."""
     spec = json.loads(byte_level(path).read_text())
