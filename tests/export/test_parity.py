@@ -14,6 +14,7 @@ from onnx import ModelProto, numpy_helper
 
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.errors import EdgeError
+from export.fusions import fuse_projections
 from export.graph import build_fp32, save_graph
 from export.greedy import Floats, StepModel
 from export.parity import TOLERANCE, Parity, against_recording, against_transformers, between, prove_parity
@@ -35,11 +36,11 @@ TESTED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3-0.6b", {}),
     # Six layers hold five local and one global; the window is shorter than the text.
     ("gemma3-270m", {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 32, "rope_theta": 1e6}),
-    ("tinymistral-248m", {"sliding_window": None}),
-    ("tinymistral-248m", {"sliding_window": 8}),
     ("ernie4.5-0.3b", {}),
     # Turning a quarter of a head of 64 is the narrowest that the runtime's attention can do.
     ("pythia-160m", {"num_attention_heads": 2, "head_dim": 64}),
+    ("smollm2-135m", {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None}),
+    ("smollm2-135m", {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 8}),
     # Published from 1.2 B parameters on: for --allow-large.
     ("smollm2-135m", {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     ("smollm2-135m", {"model_type": "gemma"}),
@@ -203,6 +204,15 @@ def test_layer_is_named_when_the_weights_lie_beside_the_graph(deep: Path, record
     before = (tmp_path / "fp32.onnx").read_bytes()
     assert find_parting(tmp_path / "fp32.onnx", recording).layer == 1
     assert (tmp_path / "fp32.onnx").read_bytes() == before
+
+
+def test_layer_is_named_in_a_graph_with_fused_projections(deep: Path, recording: Recording, tmp_path: Path) -> None:
+    def change(model: ModelProto) -> None:
+        scale("model.layers.2.mlp.gate_proj", 1.05)(model)
+        assert fuse_projections(model) == 4
+
+    make_graph(deep, tmp_path / "fp32.onnx", change)
+    assert str(find_parting(tmp_path / "fp32.onnx", recording)) == "at layer 2 (mlp)"
 
 
 def test_layer_of_a_parallel_block_is_named_as_a_whole(tmp_path: Path) -> None:
