@@ -5,7 +5,7 @@ Two measures are taken of every layer and both are reported:
 - *influence*: 1 - cosine between what enters and what leaves the layer, over all tokens of the probe (Block Influence
   of ShortGPT). It needs no second pass, and knows neither the task nor what later layers make of a change.
 - *kl*: how far the answers' choices move, in nats, when the layer is left out. One pass a layer, on the task's own
-  choices, against the whole model.
+  choices, against the whole model; in a deep model only for the layers of least influence.
 
 The layer with the smallest kl goes. On the reference model the two disagree about the order, and kl is the one that
 tells which model answers better (docs/smaller-models.md).
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ from export.lessons import Batch
 from export.smaller_checkpoint import Model
 from export.teacher import Teacher, evaluating, final_states, fit
 
+SHORTLIST = 8
+"""Layers that are left out in turn each round: those of least influence. A pass each is dear in a deep model, and a
+layer that turns every state around is none to lose."""
+
 
 @dataclass(frozen=True)
 class Importance:
@@ -35,22 +39,22 @@ class Importance:
     Args:
         layer: its number in the whole model.
         influence: 1 - mean cosine of its input and output, 0..2.
-        kl_nats: divergence of a choice from the whole model's when it is left out too.
+        kl_nats: divergence of a choice from the whole model's when it is left out too; None where that was not tried.
         loss_nats: negative log-probability of an answer's choice then.
     """
 
     layer: int
     influence: float
-    kl_nats: float
-    loss_nats: float
+    kl_nats: float | None = None
+    loss_nats: float | None = None
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | None]:
         """JSON form, five decimals."""
         return {
             "layer": self.layer,
             "influence": round(self.influence, 5),
-            "kl_nats": round(self.kl_nats, 5),
-            "loss_nats": round(self.loss_nats, 5),
+            "kl_nats": None if self.kl_nats is None else round(self.kl_nats, 5),
+            "loss_nats": None if self.loss_nats is None else round(self.loss_nats, 5),
         }
 
 
@@ -109,16 +113,16 @@ def choose_layers(model: Model, probe: Sequence[Batch], drop: int) -> list[Round
     rounds: list[Round] = []
     for _ in range(drop):
         with only_layers(model, left):
-            influences = block_influences(model, probe)
-        found = []
-        for layer, influence in zip(left, influences, strict=True):
+            found = dict(zip(left, map(Importance, left, block_influences(model, probe)), strict=True))
+        for layer in sorted(left, key=lambda number: found[number].influence)[:SHORTLIST]:
             with only_layers(model, [other for other in left if other != layer]):
                 without = fit(model, whole, probe)
-            found.append(Importance(layer, influence, without.kl_nats or 0.0, without.loss_nats))
+            found[layer] = replace(found[layer], kl_nats=without.kl_nats, loss_nats=without.loss_nats)
+        tried = [entry for entry in found.values() if entry.kl_nats is not None]
         # Of equals the later one: what it adds can reach fewer layers.
-        least = min(found, key=lambda importance: (importance.kl_nats, -importance.layer))
+        least = min(tried, key=lambda entry: (entry.kl_nats, -entry.layer))
         left.remove(least.layer)
-        rounds.append(Round(least.layer, tuple(found)))
+        rounds.append(Round(least.layer, tuple(found.values())))
     return rounds
 
 

@@ -74,7 +74,7 @@ class Batch:
 
     Args:
         numbers: which lessons these are.
-        ids: int64 (rows, length).
+        ids: int64 (rows, length); what follows a lesson's last choice is left out, for nothing depends on it.
         spans: first and last + 1 closed choice of each lesson.
         at: int64 (2, choices): row and position whose logits decide a closed choice.
         allowed: int64 (choices, widest); what is beyond the choice's options repeats the first.
@@ -236,19 +236,22 @@ def batches(lessons: Sequence[Lesson], rng: random.Random, *, tokens: int) -> It
 
 
 def _batch(lessons: Sequence[Lesson], numbers: tuple[int, ...], widest: int) -> Batch:
-    ids = torch.zeros((len(lessons), max(len(lesson.ids) for lesson in lessons)), dtype=torch.int64)
+    read = [lesson.ids[: lesson.points[-1].at] if lesson.points else lesson.ids for lesson in lessons]
+    ids = torch.zeros((len(lessons), max(map(len, read))), dtype=torch.int64)
     spans: list[tuple[int, int]] = []
     closed: list[tuple[int, int]] = []
     allowed: list[tuple[int, ...]] = []
     targets: list[int] = []
     labelled: list[bool] = []
     open_places: list[tuple[int, int]] = []
+    open_targets: list[int] = []
     for row, lesson in enumerate(lessons):
-        ids[row, : len(lesson.ids)] = torch.tensor(lesson.ids)
+        ids[row, : len(read[row])] = torch.tensor(read[row])
         begin = len(closed)
         for point in lesson.points:
             if not point.allowed:
                 open_places.append((row, point.at - 1))
+                open_targets.append(lesson.ids[point.at])
                 continue
             closed.append((row, point.at - 1))
             allowed.append(point.allowed)
@@ -257,7 +260,6 @@ def _batch(lessons: Sequence[Lesson], numbers: tuple[int, ...], widest: int) -> 
         spans.append((begin, len(closed)))
     options = torch.tensor([[*o, *([o[0]] * (widest - len(o)))] for o in allowed], dtype=torch.int64)
     counts = torch.tensor([len(o) for o in allowed], dtype=torch.int64)
-    open_at = torch.tensor(open_places, dtype=torch.int64).reshape(-1, 2).T
     return Batch(
         numbers=numbers,
         ids=ids,
@@ -267,6 +269,6 @@ def _batch(lessons: Sequence[Lesson], numbers: tuple[int, ...], widest: int) -> 
         is_option=torch.arange(widest) < counts[:, None],
         target=torch.tensor(targets, dtype=torch.int64),
         labelled=torch.tensor(labelled, dtype=torch.bool),
-        open_at=open_at,
-        open_target=ids[open_at[0], open_at[1] + 1],
+        open_at=torch.tensor(open_places, dtype=torch.int64).reshape(-1, 2).T,
+        open_target=torch.tensor(open_targets, dtype=torch.int64),
     )

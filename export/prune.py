@@ -158,4 +158,5 @@ def make_work(work: Path) -> None:
 
 
 def _table(found: Round) -> str:
-    return ", ".join(f"{layer.layer}: {layer.kl_nats:.4f} nats" for layer in found.layers)
+    tried = [(layer.layer, layer.kl_nats) for layer in found.layers if layer.kl_nats is not None]
+    return ", ".join(f"{number}: {kl_nats:.4f} nats" for number, kl_nats in tried)

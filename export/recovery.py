@@ -222,7 +222,7 @@ class _Course:
         minutes = self._training.minutes or 0.0
         self._loss(self._batch(0)).backward()  # the first is slow: libraries prepare their kernels
         started_s = time.monotonic()
-        for step in range(_REHEARSED_STEPS):
+        for step in range(1, 1 + _REHEARSED_STEPS):  # others than the first: the teacher remembers what it answered
             self._loss(self._batch(step)).backward()
         step_s = (time.monotonic() - started_s) / _REHEARSED_STEPS
         self._optimizer.zero_grad()

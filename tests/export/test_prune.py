@@ -95,6 +95,22 @@ def test_what_was_measured_before_a_drop_is_not_believed_after_it(tmp_path: Path
     assert facts["kept"] == [layer for layer in range(4) if layer not in facts["dropped"]]
 
 
+def test_in_a_deep_model_only_layers_of_little_influence_are_tried(tmp_path: Path, task: TaskSpec) -> None:
+    small: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    facts = prune(four_layers(tmp_path / "whole", 9, layers=12, **small), tmp_path / "few", task)
+    (measured,) = facts["rounds"]
+    tried = [entry["influence"] for entry in measured["layers"] if entry["kl_nats"] is not None]
+    passed_over = [entry["influence"] for entry in measured["layers"] if entry["kl_nats"] is None]
+    assert len(tried) == 8
+    assert max(tried) <= min(passed_over)
+    assert facts["dropped"] == [9]
+
+
 def test_padding_takes_no_part_in_a_layers_influence(tmp_path: Path, task: TaskSpec) -> None:
     checkpoint = open_checkpoint(four_layers(tmp_path / "whole"))
     model = load_model(checkpoint)
