@@ -38,6 +38,9 @@ from export.tasks import TASK_NAME
 
 EVENTS_SEED = 4242
 SPEED_EVENTS, SPEED_ROUNDS = 100, 7
+STEP_TOKENS = 1152
+"""About 16 events: a short training needs many steps more than it needs quiet ones."""
+
 PRUNED_RATE, DISTILLED_RATE = 1e-3, 1.5e-3
 WIDTH_192 = {"hidden_size": 192, "intermediate_size": 512}
 RESULTS_NAME = "smaller.json"
@@ -242,7 +245,10 @@ def _bench(arguments: argparse.Namespace) -> Bench:
     rows = tuple(Row(e.event, dict(e.decision)) for e in islice(generate("train", EVENTS_SEED), arguments.events))
     steps = None if arguments.minutes else arguments.steps
     return Bench(
-        arguments.work, task, rows, Training(minutes=arguments.minutes, steps=steps, threads=arguments.threads)
+        arguments.work,
+        task,
+        rows,
+        Training(minutes=arguments.minutes, steps=steps, tokens=STEP_TOKENS, threads=arguments.threads),
     )
 
 
