@@ -63,12 +63,19 @@ HOW_TO = {
 """Where a figure is missing, the command that makes it; words between backticks are set as code."""
 
 
-def size_by_part(model: ModelProto, graph_bytes: int) -> dict[str, int]:
-    """Bytes of the weights by part of the network; the rest of the graph's files is ``structure``."""
+def size_by_part(model: ModelProto, graph_bytes: int, *others: ModelProto) -> dict[str, int]:
+    """Bytes of the weights by part of the network; the rest of the graph's files is ``structure``.
+
+    Args:
+        model: the decoder, weights inside.
+        graph_bytes: of all files of the model.
+        others: graphs that ship beside it, such as a split head; a weight that both hold is one weight, by its name.
+    """
     sizes = dict.fromkeys([part for part, _ in _PARTS] + ["other weights"], 0)
-    for tensor in model.graph.initializer:
-        part = next((p for p, marks in _PARTS if any(mark in tensor.name for mark in marks)), "other weights")
-        sizes[part] += len(tensor.raw_data)
+    weights = {tensor.name: len(tensor.raw_data) for graph in (model, *others) for tensor in graph.graph.initializer}
+    for name, size in weights.items():
+        part = next((p for p, marks in _PARTS if any(mark in name for mark in marks)), "other weights")
+        sizes[part] += size
     sizes["structure"] = graph_bytes - sum(sizes.values())
     return {part: size for part, size in sizes.items() if size}
 
@@ -215,9 +222,8 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _verification(report: Mapping[str, Any]) -> str:
     evidence = report.get("evidence") or []
     meanings = element("details", element("summary", "what the words mean"), table(["word", "meaning"], WORDS.items()))
-    return (
-        table(["target", "word", "ran on", "same decisions"], map(_run, evidence)) if evidence else _how_to("evidence")
-    ) + meanings
+    runs = table(["target", "word", "ran on", "same decisions"], map(_run, evidence))
+    return (runs if evidence else _how_to("evidence")) + meanings
 
 
 def _run(record: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -70,9 +70,9 @@ def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
     """Why the head has the rows that it has, and what it can write.
 
     Args:
-        vocabulary: `export.vocabulary.Vocabulary.as_dict`, with `export.vocabulary.Reach.as_dict` under ``reach``.
+        vocabulary: `export.vocabulary.Vocabulary.as_dict`, with `export.vocabulary.Reach.as_dict` under ``heldout``.
     """
-    reach = vocabulary.get("reach") or {}
+    heldout = vocabulary.get("heldout") or {}
     known = [(reason, count) for reason in _REASONS if (count := number(vocabulary.get(reason))) is not None]
     shown = []
     if known:
@@ -82,7 +82,7 @@ def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
         rows = [*((_words(reason), int(count)) for reason, count in known), ("all", vocabulary.get("rows"))]
         shown.append(figure(title, note, bars(title, groups), table(["reason", "rows"], rows)))
     told = {name: value for name, value in vocabulary.items() if name not in _REASONS}
-    part = share(reach.get("reachable_share"))
+    part = share(heldout.get("reachable_share"))
     said = "" if part is None else f"{share_text(part, 2)} of the tokens of text that was held out can be chosen."
     return (element("p", text(said)) if said else "") + plots(shown) + facts_table(told)
 

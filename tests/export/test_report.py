@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
@@ -13,15 +14,21 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from onnx import ModelProto, TensorProto, helper
 
 from edge_agent.contract.event import Event
+from edge_agent.contract.manifest import read_manifest
 from edge_agent.contract.task import GoldenExample, parse_task
 from edge_agent.errors import PermanentError, RefusedError
+from edge_agent.runtime.bench import bench
+from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.engine import Engine
 from export.charts import WIDTH, Axis, Bar, Group, bars, round_step, short_count
+from export.commands_report import add_report
 from export.evaluate import Outcome, evaluate, without_curves
 from export.markup import bytes_text, coordinate, duration_text, element, share_text, text
 from export.reliability import bins, expected_calibration_error, risk_coverage, wilson_interval
-from export.report import HOW_TO, redrawn, report_html_bytes, report_json_bytes
+from export.report import HOW_TO, redrawn, report_html_bytes, report_json_bytes, size_by_part
 from tests.export.conftest import TASK
 
 REFERENCE = Path(__file__).parents[2] / "export" / "reference"
@@ -96,8 +103,8 @@ def report(**changes: Any) -> dict[str, Any]:
                         {"layer": "layers.1.down", "kl_nats": 0.0002, "int8": False}],
         "vocabulary": {"rows": 2048, "byte_tokens": 256, "control_tokens": 3, "answer_tokens": 61,
                        "domain_tokens": 1728, "dropped_tokens": 0,
-                       "reach": {"tokens": 5000, "reachable": 4987, "reachable_share": 0.9974,
-                                 "tokens_with_bytes": 5031, "length_ratio": 1.0062}},
+                       "heldout": {"tokens": 5000, "reachable": 4987, "reachable_share": 0.9974,
+                                   "tokens_with_bytes": 5031, "length_ratio": 1.0062}},
         "lineage": [{"format": 1, "parent": {"sha256": "cd" * 32, "parameters": 5_000_000}, "dropped": [2],
                      "kept": [0, 1],
                      "rounds": [{"dropped": 2, "layers": [{"layer": 1, "influence": 0.4, "kl_nats": 0.91},
@@ -463,11 +470,11 @@ def test_text_of_bars_does_not_leave_the_picture() -> None:
 
 
 def test_page_is_drawn_again_with_what_a_device_measured(tmp_path: Path) -> None:
-    bench, sweep = tmp_path / "bench.json", tmp_path / "sweep.json"
-    bench.write_text(json.dumps(report()["latency"]))
+    speed, sweep = tmp_path / "bench.json", tmp_path / "sweep.json"
+    speed.write_text(json.dumps(report()["latency"]))
     sweep.write_text(json.dumps(report()["sweep"]))
     before = (BUNDLE / "report.json").read_bytes()
-    found = captions(ET.fromstring(redrawn(BUNDLE, bench=bench, sweep=sweep)))
+    found = captions(ET.fromstring(redrawn(BUNDLE, bench=speed, sweep=sweep)))
     assert {"Once, at start", "For every event", "Size against loss"} <= set(found)
     assert (BUNDLE / "report.json").read_bytes() == before
     assert "Once, at start" not in captions(ET.fromstring(redrawn(BUNDLE)))
@@ -583,6 +590,34 @@ def test_manifest_is_spared_the_curves(measured: dict[str, Any]) -> None:
     assert short["accuracy"] == measured["accuracy"]
 
 
+# --- size -------------------------------------------------------------------------------------------------------------
+
+
+def graph_of(**weights: int) -> ModelProto:
+    tensors = [
+        TensorProto(name=name.replace("__", "."), data_type=TensorProto.UINT8, dims=[size], raw_data=bytes(size))
+        for name, size in weights.items()
+    ]
+    return helper.make_model(helper.make_graph([], "weights", [], [], initializer=tensors))
+
+
+def test_every_byte_of_the_model_is_in_one_part() -> None:
+    decoder = graph_of(
+        model__layers__0__self_attn__qkv=100, model__layers__0__mlp__up=300, embed_tokens=50, strange=7, cos_cache=8
+    )
+    sizes = size_by_part(decoder, 500)
+    assert sizes == {
+        "attention": 100, "feed-forward": 300, "embedding and head": 50, "other weights": 7, "rotary tables": 8,
+        "structure": 35,
+    }  # fmt: skip
+    assert sum(sizes.values()) == 500
+
+
+def test_weight_that_decoder_and_split_head_share_is_counted_once() -> None:
+    decoder, head = graph_of(embed_tokens=50, model__norm=4), graph_of(embed_tokens=50, lm_head__scales=6)
+    assert size_by_part(decoder, 70, head) == {"embedding and head": 56, "norms": 4, "structure": 10}
+
+
 # --- words for numbers ----------------------------------------------------------------------------
 
 
@@ -628,3 +663,51 @@ def test_axis_has_a_few_ticks_inside(low: float, high: float, is_log: bool) -> N
 
 def test_attribute_cannot_be_left_by_a_quote() -> None:
     assert element("rect", class_='a" onclick="b', x=None) == '<rect class="a&quot; onclick=&quot;b" />'
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def run_report(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_report(parser.add_subparsers(required=True))
+    given = parser.parse_args(["report", *arguments])
+    command: Callable[[argparse.Namespace], int] = given.command
+    return command(given)
+
+
+def test_command_draws_a_devices_figures_and_leaves_the_bundle_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(report()["latency"]))
+    before = {file: file.read_bytes() for file in BUNDLE.rglob("*") if file.is_file()}
+    out = tmp_path / "card.html"
+    assert run_report(str(BUNDLE), "--bench", str(tmp_path / "bench.json"), "--out", str(out)) == 0
+    assert str(out) in capsys.readouterr().out
+    assert "Raspberry Pi 5" in plain(ET.fromstring(out.read_bytes()))
+    assert {file: file.read_bytes() for file in BUNDLE.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("inside", ["report.html", "tasks/../card.html", "model/card.html"])
+def test_card_is_never_written_into_a_signed_bundle(tmp_path: Path, inside: str) -> None:
+    bundle = tmp_path / "bundle"
+    (bundle / "model").mkdir(parents=True)
+    (bundle / "tasks").mkdir()
+    (bundle / "report.json").write_bytes(report_json_bytes(report()))
+    (tmp_path / "link").symlink_to(bundle)
+    for name in (bundle, tmp_path / "link"):
+        with pytest.raises(RefusedError) as caught:
+            run_report(str(bundle), "--out", str(name / inside))
+        assert caught.value.code == "export.usage"
+    assert [file.name for file in bundle.rglob("*") if file.is_file()] == ["report.json"]
+
+
+def test_real_bench_is_drawn(tmp_path: Path) -> None:
+    engine = Engine(open_installed_bundle(BUNDLE, read_manifest(BUNDLE)[1]), 1)
+    events = [dict(example.event) for example in engine.golden("triage")[:3]]
+    measured = bench(engine, "triage", events, seconds=0.2)
+    (tmp_path / "bench.json").write_text(json.dumps(measured))
+    root = ET.fromstring(redrawn(BUNDLE, bench=tmp_path / "bench.json"))
+    shown = words(picture(root, "Once, at start")) + words(picture(root, "For every event"))
+    for key in ("prefix_prefill_ms", "event_prefill_ms", "decode_pass_ms", "p50_ms", "p95_ms"):
+        assert duration_text(measured[key]).replace("\N{NO-BREAK SPACE}", " ") in shown, key
