@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edge_agent import fs
 from edge_agent.contract.event import Event
-from edge_agent.contract.manifest import read_manifest
+from edge_agent.contract.manifest import MANIFEST_NAME, Target, read_manifest
 from edge_agent.contract.task import GoldenExample, load_golden, load_task
 from edge_agent.errors import PermanentError
 from export import witness
@@ -150,6 +151,42 @@ def prove_golden(interpreter: Interpreter, bundle: Path) -> Evidence:
             rows += [(task, example) for example in load_golden(folder / GOLDEN_NAME, load_task(folder / "task.yaml"))]
     testimony = ask(interpreter, bundle, [(task, dict(example.event)) for task, example in rows])
     return testimony.as_evidence(manifest.target, [dict(example.decision) for _, example in rows])
+
+
+def prove_on_cpu(bundle: Path) -> Evidence:
+    """Have the golden examples of an accelerator's bundle answered by this machine's CPU.
+
+    That shows whether the graphs are right, and nothing of the accelerator: the evidence names the CPU's provider.
+
+    Args:
+        bundle: with dynamic graphs.
+
+    Raises:
+        PermanentError: as `ask`.
+    """
+    target = read_manifest(bundle)[0].target
+    here: Target = "cpu-arm64" if platform.machine() in ("aarch64", "arm64") else "cpu-x86_64"
+    with tempfile.TemporaryDirectory(prefix="edge-export-") as scratch:
+        return replace(prove_golden(this_interpreter(), retarget(bundle, here, Path(scratch))), target=target)
+
+
+def retarget(bundle: Path, target: Target, folder: Path) -> Path:
+    """The same files under a manifest for another target, unsigned, for proofs only.
+
+    Args:
+        bundle: whose files are linked to.
+        target: what its manifest shall say.
+        folder: empty.
+
+    Returns:
+        ``folder``.
+    """
+    manifest, _ = read_manifest(bundle)
+    for entry in manifest.files:
+        (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / entry.path).symlink_to((bundle / entry.path).resolve())
+    (folder / MANIFEST_NAME).write_bytes(manifest.model_copy(update={"target": target}).to_bytes())
+    return folder
 
 
 def _run(interpreter: Interpreter, package: Path, request: str) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 import edge_agent
-from edge_agent.contract.manifest import MANIFEST_NAME, read_manifest
-from edge_agent.fs import write_atomic
+from edge_agent.contract.manifest import read_manifest
 from export.arm64 import CPUS, DEFAULT_ROOT, Cpu, arm64_interpreter, run_in_arm64
 from export.boards import load_boards
 from export.evidence import verification
-from export.testimony import ask, prove_golden, this_interpreter
+from export.testimony import ask, prove_golden, retarget, this_interpreter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = REPOSITORY / DEFAULT_ROOT
@@ -37,12 +36,7 @@ pytestmark = [
 @pytest.fixture
 def arm64_bundle(tmp_path: Path) -> Path:
     """The reference bundle's very files under a manifest for Arm."""
-    manifest, _ = read_manifest(REFERENCE)
-    for entry in manifest.files:
-        (tmp_path / entry.path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / entry.path).symlink_to(REFERENCE / entry.path)
-    write_atomic(tmp_path / MANIFEST_NAME, manifest.model_copy(update={"target": "cpu-arm64"}).to_bytes(), mode=0o644)
-    return tmp_path
+    return retarget(REFERENCE, "cpu-arm64", tmp_path)
 
 
 @pytest.mark.parametrize("cpu", CPUS)
