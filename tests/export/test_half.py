@@ -22,11 +22,13 @@ from export.graph import build_fp32, load_graph, save_graph
 from export.greedy import StepModel
 from export.half import HEADROOM, LARGEST_HALF, check_headroom, peak_activations, to_half
 from export.int8_kv import measure_kv_scales, quantise_kv
+from export.progress import QuietProgress
 from export.quantize import QuantSettings, quantize_int4
 from export.ragged import add_ragged
 from export.source import open_checkpoint
 from export.split_head import split_head
 from export.stages.fuse import fp32_spec
+from export.stages.witnesses import Elsewhere, gather_evidence
 from export.testimony import prove_golden, prove_on_cpu, this_interpreter
 from tests.export.test_parity import TESTED, make_checkpoint
 
@@ -84,6 +86,13 @@ def test_half_graph_is_executed_where_a_gpu_is_present_and_only_there(jetson_bun
     else:
         with pytest.raises(EdgeError, match=r"^bundle\.unsupported.* cuda-jetson"):
             prove_golden(this_interpreter(), jetson_bundle)
+
+
+def test_build_without_a_gpu_lets_the_cpu_check_the_graph_and_says_no_more(jetson_bundle: Path) -> None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        (run,) = gather_evidence(JETSON, jetson_bundle, Elsewhere(), QuietProgress())
+        assert (run.provider, run.events, run.same) == ("CPUExecutionProvider", 24, 24)
+        assert verification(JETSON, run) == "unverified"
 
 
 @pytest.mark.parametrize(("like", "changes"), TESTED)
