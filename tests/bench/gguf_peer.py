@@ -1,6 +1,7 @@
 """The peer's file: a checkpoint as llama.cpp would hold it, written with llama.cpp's own Python package.
 
-    python -m tests.bench.gguf_peer CHECKPOINT OUT.gguf
+    python -m tests.bench.gguf_peer CHECKPOINT OUT.gguf            # Q4_0
+    python -m tests.bench.gguf_peer CHECKPOINT OUT.gguf --type f16  # what llama-quantize starts from
 
 Every matrix, the embedding too, is Q4_0 (18 bytes for 32 weights), as ``llama-quantize --pure`` makes it; norms and
 biases are F32; tokens and merges are inside. Without ``--pure`` llama-quantize keeps a tied embedding at more bits
@@ -26,10 +27,11 @@ from safetensors import safe_open
 Floats = npt.NDArray[np.float32]
 
 EMBEDDING = "token_embd.weight"
-_ARCHITECTURES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, gguf.LlamaFileType.MOSTLY_Q4_0),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, gguf.LlamaFileType.MOSTLY_Q4_0),
+TYPES = {
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
 }
+_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 _SUPER_BLOCK = 256
 
 
@@ -48,12 +50,13 @@ class GgufFile:
     embedding_shape: tuple[int, int]
 
 
-def write_gguf(checkpoint: Path, out: Path) -> GgufFile:
-    """Write a checkpoint as Q4_0.
+def write_gguf(checkpoint: Path, out: Path, kind: str = "q4_0") -> GgufFile:
+    """Write a checkpoint.
 
     Args:
         checkpoint: folder with config.json, one model.safetensors and a byte-level BPE tokenizer.json.
         out: the file.
+        kind: of the matrices, a key of `TYPES`.
 
     Returns:
         Sizes.
@@ -64,7 +67,8 @@ def write_gguf(checkpoint: Path, out: Path) -> GgufFile:
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     if config["model_type"] not in _ARCHITECTURES:
         raise ValueError(f"no GGUF conversion for {config['model_type']!r}")
-    architecture, file_type = _ARCHITECTURES[config["model_type"]]
+    architecture = _ARCHITECTURES[config["model_type"]]
+    matrix_type, file_type = TYPES[kind]
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_file_type(int(file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -73,12 +77,12 @@ def write_gguf(checkpoint: Path, out: Path) -> GgufFile:
     tensor_bytes = 0
     embedding_shape = (0, 0)
     for name, weight in _tensors(checkpoint, config, architecture):
-        kind = gguf.GGMLQuantizationType.Q4_0 if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
-        packed = gguf.quants.quantize(weight, kind)
+        stored = matrix_type if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(weight, stored)
         if name == EMBEDDING:
             embedding_shape = (weight.shape[0], weight.shape[1])
         tensor_bytes += packed.nbytes
-        writer.add_tensor(name, packed, raw_dtype=kind)
+        writer.add_tensor(name, packed, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -173,8 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gguf_peer")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--type", choices=TYPES, default="q4_0")
     arguments = parser.parse_args(argv)
-    written = write_gguf(arguments.checkpoint, arguments.out)
+    written = write_gguf(arguments.checkpoint, arguments.out, arguments.type)
     print(
         json.dumps(
             {

@@ -132,6 +132,28 @@ def gguf_peer(name: str, checkpoint: Path) -> GgufPeer:
     return GgufPeer(folder / GGUF_NAME, **json.loads((folder / PRINTED).read_text("utf-8")))
 
 
+def llama_cpp_sizes(name: str, checkpoint: Path, python: Path) -> dict[str, int]:
+    """What llama.cpp's own quantiser makes of the checkpoint: bytes of the file, ``pure`` and ``default_mix``.
+
+    Args:
+        name: of the cached folder.
+        checkpoint: Hugging Face folder.
+        python: interpreter of the environment of `tests.bench.llama_cpp_peer`.
+    """
+    programs = files_digest(HERE / "gguf_peer.py", HERE / "llama_cpp_sizes.py")
+    key = {"checkpoint": files_digest(checkpoint), "programs": programs, "python": str(python)}
+
+    def make(folder: Path) -> None:
+        source, scratch = folder / "f16.gguf", folder / "scratch.gguf"
+        run_measured(python_module("tests.bench.gguf_peer", checkpoint, source, "--type", "f16"), cwd=ROOT)
+        printed = run_measured([python, HERE / "llama_cpp_sizes.py", source, scratch], cwd=ROOT).stdout
+        source.unlink()
+        (folder / PRINTED).write_text(printed, "utf-8")
+
+    found: dict[str, int] = json.loads((cached(f"llama-sizes-{name}", key, make) / PRINTED).read_text("utf-8"))
+    return found
+
+
 def optimum_peer(name: str, checkpoint: Path) -> Path:
     """The checkpoint as optimum's graph with MatMulNBits: the folder of ``model.onnx`` and its weights."""
     key = {
