@@ -21,6 +21,7 @@ from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.prompt import event_prompt
 from edge_agent.runtime.session import KvCache, ModelSession, resolve_threads
+from edge_agent.runtime.static_session import StaticCache, StaticSession
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PreparedTask:
     spec: TaskSpec
     plan: AnswerPlan
     temperatures: dict[str, float]
-    cache: KvCache
+    cache: KvCache | StaticCache
     prefix_tokens: int
     golden: tuple[GoldenExample, ...]
 
@@ -62,7 +63,8 @@ class Engine:
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
         self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
-        self._session = ModelSession(bundle.path, bundle.manifest, self.threads)
+        kind: type[ModelSession | StaticSession] = StaticSession if model.graph_interface == 2 else ModelSession
+        self._session = kind(bundle.path, bundle.manifest, self.threads)
         self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}

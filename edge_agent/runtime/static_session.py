@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edge_agent.contract.manifest import MASKED_BIAS, Manifest, ModelSpec
 from edge_agent.errors import EdgeError, PermanentError
+from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.providers import use_provider
 from edge_agent.runtime.session import Logits, map_library_error
 
@@ -66,8 +67,9 @@ class StaticSession:
         self.windows = tuple(
             Window(window.tokens, _load(bundle / window.graph, manifest, threads)) for window in ordered
         )
+        rows = len(read_head_rows(spec.vocab_size, bundle / spec.head_ids if spec.head_ids else None))
         for window in self.windows:
-            _check_interface(window, spec, self.past_tokens)
+            _check_interface(window, spec, self.past_tokens, rows)
         self.providers: tuple[str, ...] = tuple(self.windows[0].session.get_providers())
 
     def new_cache(self, capacity_tokens: int) -> StaticCache:
@@ -121,7 +123,7 @@ class StaticCache:
             tokens: ids of the next positions, at least one.
 
         Returns:
-            Logits after the last of them, float32 (vocab,).
+            Logits after the last of them, float32 (rows,).
 
         Raises:
             PermanentError: ``worker.context`` when they do not fit, ``worker.out_of_memory``, ``worker.inference``.
@@ -138,6 +140,17 @@ class StaticCache:
         if logits is None:  # cannot happen: there was at least one token
             raise PermanentError("worker.inference", "no pass was run")
         return logits
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens`` where nobody needs their scores; a static graph has its head inside, so nothing is saved.
+
+        Args:
+            tokens: ids of the next positions, at least one.
+
+        Raises:
+            PermanentError: as `forward`.
+        """
+        self.forward(tokens)
 
     def feeds(self, window_tokens: int, tokens: Sequence[int]) -> dict[str, NDArray[Any]]:
         """Every input of a pass.
@@ -193,7 +206,7 @@ def _load(graph: Path, manifest: Manifest, threads: int) -> Any:
         raise map_library_error("loading the model", error) from error
 
 
-def _check_interface(window: Window, spec: ModelSpec, past_tokens: int) -> None:
+def _check_interface(window: Window, spec: ModelSpec, past_tokens: int, rows: int) -> None:
     kv = [1, spec.num_kv_heads, past_tokens, spec.head_dim]
     new = [1, spec.num_kv_heads, window.tokens, spec.head_dim]
     halves = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
@@ -209,7 +222,7 @@ def _check_interface(window: Window, spec: ModelSpec, past_tokens: int) -> None:
     }
     logits = found.pop("logits", [])
     odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if logits != [1, window.tokens, spec.vocab_size]:
+    if logits != [1, window.tokens, rows]:
         odd.append("logits")
     if odd:
         raise PermanentError(
