@@ -98,5 +98,5 @@ $(STAMPS)/torch: $(STAMPS)/venv
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	@echo "installing everything that tests and checks need"
-	@$(PIP) install --editable '.[export,fleet,demo,bench,dev]'
+	@$(PIP) install --editable '.[export,npu,fleet,demo,bench,dev]'
 	@touch $(STAMPS)/demo $@
