@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
-    HQQWeightOnlyQuantConfig,
-    KQuantWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
-    WeightOnlyQuantConfig,
-)
+import torch
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from edge_agent.errors import PermanentError, RefusedError
-from export.graph import EMBEDDING, HEAD_WEIGHT, head_node, insert_before
+from export.block_weights import BlockWeights, GridRule, round_to_grid
+from export.gptq import gptq_round, hessians
+from export.graph import EMBEDDING, insert_before
+from export.grids import extremes, half_quadratic, least_squares
+from export.matrices import Matrix, initializer, read_matrix, read_tensor, stored_matrices
 
-Method = Literal["rtn", "k_quant", "hqq"]
+Method = Literal["rtn", "k_quant", "hqq", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "k_quant", "hqq")
+CALIBRATED_METHODS: tuple[Method, ...] = ("gptq",)
+"""These need the task's own texts."""
 BLOCK_SIZES = (32, 64, 128)
 ACCURACY_LEVEL = 4
 """Activations are quantised to int8 inside MatMulNBits: what makes INT4 fast on CPUs with dot-product instructions."""
+INT4_BITS, INT8_BITS = 4, 8
+
+_RULES: dict[Method, GridRule] = {
+    "rtn": extremes,
+    "k_quant": least_squares,
+    "hqq": half_quadratic,
+    "gptq": least_squares,
+}
+_SYMMETRIC_BY_DEFAULT: dict[Method, bool] = {"rtn": True, "k_quant": False, "hqq": False, "gptq": True}
 
 
 @dataclass(frozen=True)
@@ -36,164 +40,204 @@ class QuantSettings:
     """How weights are quantised.
 
     Args:
-        method: ``rtn`` (round to nearest, symmetric), ``k_quant`` (error-minimising scale and zero point) or ``hqq``
-            (half-quadratic; its zero points are floats, which ONNX Runtime computes on a slower path).
+        method: ``rtn`` (round to nearest), ``k_quant`` (grid of least squares), ``hqq`` (half-quadratic; its zero
+            points are floats, which ONNX Runtime computes on a slower path) or ``gptq`` (rounding that makes good its
+            own errors on the task's texts).
         block_size: weights that share a scale.
+        symmetric: whether the middle code is 0 and no zero points are stored; None: as is usual for the method.
+        int8_nodes: names of MatMuls that keep eight bits (see `export.sensitivity`).
+
+    Raises:
+        RefusedError: ``export.block_size``, or ``export.method_unsuitable`` for symmetric hqq.
     """
 
     method: Method = "k_quant"
     block_size: int = 32
+    symmetric: bool | None = None
+    int8_nodes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
             raise RefusedError("export.block_size", f"block size {self.block_size} is not one of {BLOCK_SIZES}")
+        if self.method == "hqq" and self.symmetric:
+            raise RefusedError("export.method_unsuitable", "hqq optimises the zero points: it has no symmetric form")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether zero points are left out, the method's default resolved."""
+        return _SYMMETRIC_BY_DEFAULT[self.method] if self.symmetric is None else self.symmetric
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether the method is calibrated."""
+        return self.method in CALIBRATED_METHODS
 
     @property
     def label(self) -> str:
         """The precision as manifests and reports name it."""
-        return f"int4-{self.method}-{self.block_size}"
+        unusual = self.is_symmetric != _SYMMETRIC_BY_DEFAULT[self.method]
+        shape = ("-sym" if self.is_symmetric else "-asym") if unusual else ""
+        mixed = f"+int8x{len(self.int8_nodes)}" if self.int8_nodes else ""
+        return f"int4-{self.method}-{self.block_size}{shape}{mixed}"
 
 
-def quantize_int4(model: ModelProto, settings: QuantSettings) -> ModelProto:
+def quantize_int4(
+    model: ModelProto, settings: QuantSettings, *, calibration_ids: Sequence[Sequence[int]] = ()
+) -> ModelProto:
     """Quantise a fused fp32 graph; ``model`` is consumed.
 
     Args:
         model: as built by `export.graph.build_fp32`.
-        settings: method and block size.
+        settings: method, block size and exceptions.
+        calibration_ids: token ids of rendered prompts with their answers, for calibrated methods.
 
     Returns:
         The INT4 graph with the same inputs and outputs. Norms and rotary tables stay fp32.
 
     Raises:
-        RefusedError: ``export.block_size`` when no allowed block divides the hidden size.
-        PermanentError: ``export.quantize_failed``.
+        RefusedError: ``export.block_size`` when no allowed block divides the hidden size,
+            ``export.calibration_missing``, or ``export.node_unknown`` for exceptions that the graph does not hold.
+        PermanentError: ``export.quantize_failed`` or ``export.graph_unexpected``.
     """
-    tied = _materialise_head(model)
-    head = head_node(model).name
-    hidden = _initializer(model, EMBEDDING).dims[1]
+    matrices = stored_matrices(model)
+    unknown = set(settings.int8_nodes) - {matrix.node for matrix in matrices}
+    if unknown:
+        raise RefusedError("export.node_unknown", f"the graph holds no MatMul {', '.join(sorted(unknown))}")
+    hidden = int(initializer(model, EMBEDDING).dims[1])
     table_block = _dividing_block(hidden, settings.block_size)
-    if settings.method == "k_quant":
-        _refuse_odd_blocks(model, settings.block_size)
-    # The table is looked up by GatherBlockQuantized, which reads neither float zero points nor a ragged last block.
-    apart = settings.method == "hqq" or table_block != settings.block_size
-    model = _quantize_nodes(model, settings, exclude=[head] if apart else [])
-    if apart:
-        head_method: Method = "rtn" if settings.method == "hqq" else settings.method
-        model = _quantize_nodes(model, QuantSettings(head_method, table_block), exclude=[])
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            _set_accuracy_level(node)
-    if tied:
-        _share_with_head(model)
+    quantised = dict(_quantised(model, matrices, settings, table_block, calibration_ids))
+    for matrix in matrices:
+        _replace_matmul(model, matrix, quantised[matrix.node])
+    tied = next((matrix for matrix in matrices if matrix.is_tied), None)
+    if tied is None:
+        table = read_tensor(initializer(model, EMBEDDING))  # [vocab, hidden]
+        _replace_lookup(model, _store(model, EMBEDDING, _rounded(table, settings, INT4_BITS, table_block)))
     else:
-        _quantize_embedding(model, table_block)
-    _drop_unused_initializers(model)
-    return model
+        _replace_lookup(model, _stored(tied, quantised[tied.node]))
+    return _without_unused(model)
 
 
-def _refuse_odd_blocks(model: ModelProto, block_size: int) -> None:
-    # onnxruntime 1.32 packs k_quant's zero points in pairs and fails on a row that holds an odd number of them.
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith("_t") and len(tensor.dims) == 2 and -(-tensor.dims[0] // block_size) % 2:
-            raise RefusedError(
-                "export.block_size",
-                f"k_quant needs an even number of blocks a row, but {tensor.dims[0]} weights make "
-                f"{-(-tensor.dims[0] // block_size)} blocks of {block_size}: choose another size or method",
-            )
+def quantise_matrix(
+    weight: torch.Tensor, settings: QuantSettings, bits: int = INT4_BITS, hessian: torch.Tensor | None = None
+) -> BlockWeights:
+    """Quantise one matrix as `quantize_int4` would.
+
+    Args:
+        weight: float32 [rows, columns].
+        settings: method and block size.
+        bits: 4, or 8 for a matrix that is sensitive.
+        hessian: X^T X of its inputs, float32 [columns, columns], for calibrated methods.
+    """
+    if hessian is None or bits == INT8_BITS:
+        return _rounded(weight, settings, bits, settings.block_size)
+    rule = _RULES[settings.method]
+    return gptq_round(weight, hessian, rule, bits, settings.block_size, symmetric=settings.is_symmetric)
 
 
-def _materialise_head(model: ModelProto) -> bool:
-    """Fold Transpose(embedding) into a weight of the head; True when the head was tied to the embedding."""
-    head = head_node(model)
-    transpose = next((node for node in model.graph.node if head.input[1] in node.output), None)
-    if transpose is None:
-        return False
-    if transpose.op_type != "Transpose" or transpose.input[0] != EMBEDDING:
-        raise PermanentError("export.graph_unexpected", f"the head's weight comes from {transpose.op_type}")
-    table = numpy_helper.to_array(_initializer(model, EMBEDDING))  # [vocab, hidden]
-    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(table.T), HEAD_WEIGHT))
-    head.input[1] = HEAD_WEIGHT
-    model.graph.node.remove(transpose)
-    return True
-
-
-def _quantize_nodes(model: ModelProto, settings: QuantSettings, exclude: list[str]) -> ModelProto:
-    config: WeightOnlyQuantConfig
-    match settings.method:
-        case "rtn":
-            config = DefaultWeightOnlyQuantConfig(
-                block_size=settings.block_size, is_symmetric=True, accuracy_level=ACCURACY_LEVEL
-            )
-        case "k_quant":
-            config = KQuantWeightOnlyQuantConfig()
-        case "hqq":
-            config = HQQWeightOnlyQuantConfig(block_size=settings.block_size)
-    for name in ("onnxruntime.quantization.matmul_nbits_quantizer", "neural_compressor"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        # k_quant prints a progress bar on stdout, and divides by zero in blocks of equal weights before it masks them.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            quantizer = MatMulNBitsQuantizer(
-                model,
-                bits=4,
-                block_size=settings.block_size,
-                is_symmetric=settings.method == "rtn",
-                accuracy_level=ACCURACY_LEVEL,
-                nodes_to_exclude=exclude,
-                algo_config=config,
-            )
-            quantizer.process()
-    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
-        raise PermanentError("export.quantize_failed", f"{settings.label}: {error}") from error
-    result: ModelProto = quantizer.model.model
-    return result
-
-
-def _share_with_head(model: ModelProto) -> None:
-    """Look the embedding up in the head's packed weights: one copy in the file and in memory."""
-    head = head_node(model)
-    if head.op_type != "MatMulNBits":
-        raise PermanentError("export.quantize_failed", "the head was not quantised")
-    block_size = _int_attribute(head, "block_size")
-    packed, scales, *zeros = [_initializer(model, name) for name in head.input[1:4] if name]
-    rows, blocks, _ = packed.dims  # [vocab, blocks, block_size / 2] bytes
-    scales_3d = numpy_helper.to_array(scales).reshape(rows, blocks, 1)
-    zero_points = None
-    if zeros:
-        # MatMulNBits packs two zero points of a row in a byte; GatherBlockQuantized packs along its own last axis.
-        pairs = numpy_helper.to_array(zeros[0]).reshape(rows, -1)  # [vocab, ceil(blocks / 2)]
-        nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(rows, -1)[:, :blocks]
-        zero_points = np.ascontiguousarray(nibbles).reshape(rows, blocks, 1)
-    _replace_lookup(model, packed.name, scales_3d, zero_points, block_size)
-
-
-def _quantize_embedding(model: ModelProto, block_size: int) -> None:
-    table = numpy_helper.to_array(_initializer(model, EMBEDDING))  # [vocab, hidden]
-    config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True)
-    packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
-    name = f"{EMBEDDING}_Q4"
-    model.graph.initializer.append(numpy_helper.from_array(packed, name))
-    _replace_lookup(model, name, scales.reshape(*packed.shape[:2], 1), None, block_size)
-
-
-def _replace_lookup(
+def _quantised(
     model: ModelProto,
-    packed: str,
-    scales: npt.NDArray[np.float32],
-    zero_points: npt.NDArray[np.uint8] | None,
-    block_size: int,
-) -> None:
-    """Replace Gather(embedding) by GatherBlockQuantized over ``packed`` [vocab, blocks, block_size / 2]."""
-    graph = model.graph
-    lookup = next(n for n in graph.node if n.op_type == "Gather" and n.input[0] == EMBEDDING)
-    inputs = [packed, lookup.input[1], "embedding.scales"]
-    graph.initializer.append(numpy_helper.from_array(scales, "embedding.scales"))
-    if zero_points is not None:
+    matrices: list[Matrix],
+    settings: QuantSettings,
+    table_block: int,
+    texts: Sequence[Sequence[int]],
+) -> Iterator[tuple[str, BlockWeights]]:
+    plain = [matrix for matrix in matrices if matrix.is_tied or not settings.needs_texts]
+    for matrix in plain:
+        # A tied table is looked up, too: it must be near its own weights, not only near its products. And the lookup
+        # reads neither float zero points nor a ragged last block.
+        bits = _bits(matrix, settings)
+        block = table_block if matrix.is_tied else settings.block_size
+        yield matrix.node, _rounded(read_matrix(model, matrix), settings, bits, block, is_table=matrix.is_tied)
+    if not settings.needs_texts:
+        return
+    for gathered in hessians(model, texts):
+        for matrix in matrices:
+            if not matrix.is_tied and matrix.multiplied in gathered:
+                weight, hessian = read_matrix(model, matrix), gathered[matrix.multiplied]
+                yield matrix.node, quantise_matrix(weight, settings, _bits(matrix, settings), hessian)
+
+
+def _rounded(
+    weight: torch.Tensor, settings: QuantSettings, bits: int, block_size: int, *, is_table: bool = True
+) -> BlockWeights:
+    if bits == INT8_BITS:
+        # 256 codes leave nothing to optimise.
+        return round_to_grid(weight, extremes, bits, block_size, symmetric=True)
+    rule = least_squares if is_table and settings.method == "hqq" else _RULES[settings.method]
+    return round_to_grid(weight, rule, bits, block_size, symmetric=settings.is_symmetric)
+
+
+def _bits(matrix: Matrix, settings: QuantSettings) -> int:
+    return INT8_BITS if matrix.node in settings.int8_nodes else INT4_BITS
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a quantised matrix lies in the graph: names of its initializers."""
+
+    packed: str
+    scales: str
+    zero_points: str | None
+    weights: BlockWeights
+
+
+def _stored(matrix: Matrix, weights: BlockWeights) -> _Stored:
+    return _names(matrix.weight, weights)
+
+
+def _names(name: str, weights: BlockWeights) -> _Stored:
+    zero_points = None if weights.zero_points is None else f"{name}_zero_points"
+    return _Stored(f"{name}_Q{weights.bits}", f"{name}_scales", zero_points, weights)
+
+
+def _store(model: ModelProto, name: str, weights: BlockWeights) -> _Stored:
+    stored = _names(name, weights)
+    arrays: dict[str, np.ndarray] = {stored.packed: weights.packed, stored.scales: weights.scales}
+    zero_points = weights.packed_zero_points()
+    if stored.zero_points is not None and zero_points is not None:
+        arrays |= {stored.zero_points: zero_points}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    return stored
+
+
+def _replace_matmul(model: ModelProto, matrix: Matrix, weights: BlockWeights) -> None:
+    stored = _store(model, matrix.weight, weights)
+    node = next(node for node in model.graph.node if node.name == matrix.node)
+    product = helper.make_node(
+        "MatMulNBits",
+        [matrix.multiplied, stored.packed, stored.scales, *([stored.zero_points] if stored.zero_points else [])],
+        list(node.output),
+        name=f"{node.name}_Q{weights.bits}",
+        domain="com.microsoft",
+        K=weights.columns,
+        N=weights.rows,
+        bits=weights.bits,
+        block_size=weights.block_size,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+    node.CopyFrom(product)
+
+
+def _replace_lookup(model: ModelProto, table: _Stored) -> None:
+    """Replace Gather(embedding) by GatherBlockQuantized over the packed table [vocab, blocks, bytes].
+
+    Scales and zero points are reshaped in the graph, not stored again: constant folding does it at load.
+    """
+    weights = table.weights
+    rows, blocks, _ = weights.packed.shape
+    lookup = next(n for n in model.graph.node if n.op_type == "Gather" and n.input[0] == EMBEDDING)
+    shapes = {
+        "embedding.block_shape": [rows, blocks, 1],
+        "embedding.shape": [0, 0, blocks * weights.block_size],
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in shapes.items()
+    )
+    nodes = [_node("Reshape", [table.scales, "embedding.block_shape"], "embedding.scales")]
+    inputs = [table.packed, lookup.input[1], "embedding.scales"]
+    if table.zero_points is not None:
+        nodes += _zero_points_a_block(model, table.zero_points, weights)
         inputs.append("embedding.zero_points")
-        graph.initializer.append(numpy_helper.from_array(zero_points, "embedding.zero_points"))
-    hidden = scales.shape[1] * block_size
-    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, hidden], np.int64), "embedding.shape"))
     gather = helper.make_node(
         "GatherBlockQuantized",
         inputs,
@@ -202,21 +246,65 @@ def _replace_lookup(
         domain="com.microsoft",
         gather_axis=0,
         quantize_axis=2,
-        block_size=block_size,
-        bits=4,
+        block_size=weights.block_size,
+        bits=weights.bits,
     )
     reshape = helper.make_node(
         "Reshape", ["embedding.blocks", "embedding.shape"], [lookup.output[0]], name="embedding.rows"
     )  # [batch, seq, hidden]
-    insert_before(model, lookup, gather, reshape)
-    graph.node.remove(lookup)
+    insert_before(model, lookup, *nodes, gather, reshape)
+    model.graph.node.remove(lookup)
 
 
-def _drop_unused_initializers(model: ModelProto) -> None:
+def _zero_points_a_block(model: ModelProto, packed: str, weights: BlockWeights) -> list[NodeProto]:
+    """From two zero points in a byte, as MatMulNBits has them, to one: [vocab, blocks / 2] to [vocab, blocks, 1]."""
+    if weights.bits != INT4_BITS:
+        raise PermanentError("export.quantize_failed", "zero points of the table are expected in four bits")
+    rows, blocks = weights.scales.shape
+    constants: dict[str, np.ndarray] = {
+        "embedding.low_bits": np.array(15, np.uint8),
+        "embedding.half_byte": np.array(4, np.uint8),
+        "embedding.last_axis": np.array([2], np.int64),
+        "embedding.pair_shape": np.array([rows, -1], np.int64),
+        "embedding.first_block": np.array([0], np.int64),
+        "embedding.end_block": np.array([blocks], np.int64),
+        "embedding.block_axis": np.array([1], np.int64),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    return [
+        _node("BitwiseAnd", [packed, "embedding.low_bits"], "embedding.even"),
+        _node("BitShift", [packed, "embedding.half_byte"], "embedding.odd", direction="RIGHT"),
+        _node("Unsqueeze", ["embedding.even", "embedding.last_axis"], "embedding.even_column"),
+        _node("Unsqueeze", ["embedding.odd", "embedding.last_axis"], "embedding.odd_column"),
+        _node("Concat", ["embedding.even_column", "embedding.odd_column"], "embedding.pairs", axis=2),
+        _node("Reshape", ["embedding.pairs", "embedding.pair_shape"], "embedding.nibbles"),
+        _node(
+            "Slice",
+            ["embedding.nibbles", "embedding.first_block", "embedding.end_block", "embedding.block_axis"],
+            "embedding.whole_blocks",
+        ),
+        _node("Reshape", ["embedding.whole_blocks", "embedding.block_shape"], "embedding.zero_points"),
+    ]
+
+
+def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
+    return helper.make_node(operator, inputs, [output], name=f"{output}.{operator}", **attributes)
+
+
+def _without_unused(model: ModelProto) -> ModelProto:
+    """A new model without the fp32 weights, which memory holds for as long as the old one lives."""
     used = {name for node in model.graph.node for name in node.input}
-    for tensor in list(model.graph.initializer):
-        if tensor.name not in used:
-            model.graph.initializer.remove(tensor)
+    for node in [n for n in model.graph.node if n.op_type == "Transpose" and n.output[0] not in used]:
+        model.graph.node.remove(node)
+    used = {name for node in model.graph.node for name in node.input}
+    result = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    result.opset_import.extend(model.opset_import)
+    result.graph.name = model.graph.name
+    result.graph.node.extend(model.graph.node)
+    result.graph.input.extend(model.graph.input)
+    result.graph.output.extend(model.graph.output)
+    result.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)
+    return result
 
 
 def _dividing_block(hidden: int, wanted: int) -> int:
@@ -224,19 +312,3 @@ def _dividing_block(hidden: int, wanted: int) -> int:
         if block <= wanted and hidden % block == 0:
             return block
     raise RefusedError("export.block_size", f"hidden size {hidden} is not a multiple of {BLOCK_SIZES[0]}")
-
-
-def _set_accuracy_level(node: NodeProto) -> None:
-    if not any(attribute.name == "accuracy_level" for attribute in node.attribute):
-        node.attribute.append(helper.make_attribute("accuracy_level", ACCURACY_LEVEL))
-
-
-def _int_attribute(node: NodeProto, name: str) -> int:
-    return next(int(attribute.i) for attribute in node.attribute if attribute.name == name)
-
-
-def _initializer(model: ModelProto, name: str) -> TensorProto:
-    for tensor in model.graph.initializer:
-        if tensor.name == name:
-            return cast("TensorProto", tensor)
-    raise PermanentError("export.graph_unexpected", f"the graph holds no weight {name}")
