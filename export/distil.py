@@ -17,7 +17,7 @@ from export.bundle import fresh_directory
 from export.importance import Round, choose_layers
 from export.lessons import Batch, LessonWriter, Row, digest_of
 from export.prune import PROBE_LESSONS, config_of_layers, kept_layers, make_work, model_of_layers, probe_batches
-from export.recovery import Log, Training, teach
+from export.recovery import Log, Training, teach, torch_threads
 from export.smaller_checkpoint import (
     DISTILLATION_NAME,
     Model,
@@ -74,7 +74,7 @@ def distil(
     checkpoint = open_checkpoint(source)
     config = student_config(wanted.into, checkpoint)
     wanted.training.check()
-    with fresh_directory(out, force=False) as folder:
+    with fresh_directory(out, force=False) as folder, torch_threads(wanted.training.threads):
         whole = load_model(checkpoint)
         lessons = write_lessons(rows, LessonWriter(checkpoint, task), whole)
         probe = probe_batches(lessons, wanted.probe_lessons)

@@ -20,7 +20,7 @@ from edge_agent.errors import from_os_error
 from export.bundle import fresh_directory
 from export.importance import Round, check_drop, choose_layers
 from export.lessons import Batch, Lesson, LessonWriter, Row, batches, digest_of
-from export.recovery import Log, Training, teach
+from export.recovery import Log, Training, teach, torch_threads
 from export.smaller_checkpoint import (
     PRUNING_NAME,
     Model,
@@ -75,7 +75,8 @@ def drop_layers(
     check_drop(int(checkpoint.config["num_hidden_layers"]), pruning.drop)
     if pruning.training is not None:
         pruning.training.check()
-    with fresh_directory(out, force=False) as folder:
+    threads = pruning.training.threads if pruning.training else Training.threads
+    with fresh_directory(out, force=False) as folder, torch_threads(threads):
         whole = load_model(checkpoint)
         lessons = write_lessons(rows, LessonWriter(checkpoint, task), whole)
         rounds = choose_layers(whole, probe_batches(lessons, pruning.probe_lessons), pruning.drop)
@@ -141,7 +142,7 @@ def config_of_layers(config: dict[str, Any], parsed: Any, kept: Sequence[int]) -
 
 
 def probe_batches(lessons: Sequence[Lesson], most: int) -> list[Batch]:
-    """The first lessons, by twos and threes of similar length: enough to compare layers on."""
+    """The first lessons, in batches of similar length: what layers, channels, heads and neurons are compared on."""
     return list(batches(lessons[:most], random.Random(0), tokens=Training.tokens))  # noqa: S311 - any order will do
 
 

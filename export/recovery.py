@@ -139,7 +139,7 @@ def teach(
     training.check()
     if len(lessons) < 2:
         raise PermanentError("export.data_invalid", "one event to learn and one to measure are the least")
-    with _torch_threads(training.threads):
+    with torch_threads(training.threads):
         return _Course(student, teacher, lessons, training, work, log).run()
 
 
@@ -315,7 +315,8 @@ def _words(found: Fit) -> str:
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

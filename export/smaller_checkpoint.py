@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_agent.errors import PermanentError, RefusedError
@@ -92,7 +92,7 @@ def write_checkpoint(model: Model, config: Mapping[str, Any], parent: Checkpoint
     for name in _KEPT_FILES:
         if (parent.path / name).is_file():
             copy_durable(parent.path / name, folder / name)
-    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    write_atomic(folder / SINGLE_NAME, save(tensors, metadata={"format": "pt"}), mode=0o644)
     write_atomic(folder / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), mode=0o644)
     return sum(tensor.numel() for tensor in tensors.values())
 
