@@ -45,11 +45,10 @@ def split_head(model: ModelProto) -> tuple[ModelProto, ModelProto]:
     head.graph.output.append(logits)
     head.graph.initializer.extend(graph.initializer)
     drop_unused_initializers(head)
-    for node in nodes:
-        graph.node.remove(node)
     for node in graph.node:
         node.output[:] = [HIDDEN if name == LAST_HIDDEN else name for name in node.output]
     logits.CopyFrom(hidden)
+    _remove_idle(model, nodes)
     drop_unused_initializers(model)
     return model, head
 
@@ -120,6 +119,17 @@ def _nodes_behind(model: ModelProto, last: str, first: str) -> list[NodeProto]:
     if first not in wanted:
         raise PermanentError("export.graph_unexpected", f"{last} does not come from {first}")
     return found[::-1]
+
+
+def _remove_idle(model: ModelProto, candidates: list[NodeProto]) -> None:
+    """Remove those nodes whose results nobody needs now; one that widens a shared table's scales stays."""
+    needed = {output.name for output in model.graph.output}
+    needed.update(name for node in model.graph.node if node not in candidates for name in node.input)
+    for node in reversed(candidates):
+        if needed.isdisjoint(node.output):
+            model.graph.node.remove(node)
+        else:
+            needed.update(node.input)
 
 
 def _hidden_size(model: ModelProto) -> int:

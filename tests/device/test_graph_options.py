@@ -17,6 +17,7 @@ from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.session import KvCache
 from export.graph import load_graph, save_graphs
 from export.greedy import GreedyDecoder
 from export.int8_kv import measure_kv_scales, quantise_kv
@@ -115,6 +116,7 @@ def test_a_pass_without_scores_leaves_the_head_out(variant: MakeVariant) -> None
     decoder, head = split_head(graph_of(bundle))
     apart = write(bundle, {"decoder.onnx": decoder, "head.onnx": head}, head="model/head.onnx")
     cache = apart.prepared("triage").cache
+    assert isinstance(cache, KvCache)
     before = cache.forward([5, 6]).copy()
     scores = cache.forward([7])
     cache.rewind(cache.length - 1)

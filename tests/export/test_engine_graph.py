@@ -12,11 +12,13 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 from edge_agent.errors import EdgeError
+from export.coarse_table import coarsen_table
+from export.compact import compact_scales
 from export.fusions import fuse_projections
 from export.graph import build_fp32, graph_shape, head_node, load_graph, save_graph, save_graphs
 from export.int8_kv import measure_kv_scales, quantise_kv
 from export.pruned_head import prune_head
-from export.quantize import QuantSettings, quantize_int4
+from export.quantize import Method, QuantSettings, quantize_int4
 from export.ragged import add_ragged
 from export.source import open_checkpoint
 from export.split_head import HIDDEN, dynamic_head, split_head
@@ -56,15 +58,15 @@ def session(model: ModelProto) -> Any:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def logits(model: ModelProto, count: int = 9, seed: int = 0, **feeds: Any) -> Floats:
+def logits(model: ModelProto, count: int = 9, ids: list[int] | None = None, **feeds: Any) -> Floats:
     """Of a text without a past, float32 [rows]."""
     shape = graph_shape(model)
     empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)
     caches = {i.name: empty for i in model.graph.input if i.name.startswith("past_")}
-    ids = np.random.default_rng(seed).integers(0, VOCAB, (1, count))
-    mask = np.ones((1, count), np.int64)
+    text = np.array([ids]) if ids else np.random.default_rng(0).integers(0, VOCAB, (1, count))  # [1, seq]
+    mask = np.ones_like(text)
     name = model.graph.output[0].name
-    (scores,) = session(model).run([name], {"input_ids": ids, "attention_mask": mask, **caches, **feeds})
+    (scores,) = session(model).run([name], {"input_ids": text, "attention_mask": mask, **caches, **feeds})
     result: Floats = scores[0, -1]
     return result
 
@@ -97,11 +99,15 @@ def test_projection_that_shares_its_weight_is_left_alone(fp32: Path) -> None:
     assert np.array_equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_head_apart_gives_the_same_numbers(fp32: Path, int4: Path, precision: str) -> None:
-    source = fp32 if precision == "fp32" else int4
-    expected = logits(load_graph(source))
-    decoder, head = split_head(load_graph(source))
+def test_head_apart_gives_the_same_numbers(fp32: Path, int4: Path, precision: str, *, pruned: bool) -> None:
+    model = load_graph(fp32 if precision == "fp32" else int4)
+    if pruned:
+        prune_head(model, KEPT)
+    compact_scales(model)  # scales that body and head share go through one Cast
+    expected = logits(model)
+    decoder, head = split_head(model)
     assert decoder.graph.output[0].name == HIDDEN
     hidden = logits(decoder)[None, None]
     assert hidden.shape == (1, 1, TINY["hidden_size"])
@@ -276,4 +282,39 @@ def test_graph_without_attention_is_no_ragged_graph() -> None:
     model = helper.make_model(helper.make_graph([node], "g", [value], [value], [weight]))
     with pytest.raises(EdgeError) as caught:
         add_ragged(model)
+    assert caught.value.code == "export.graph_unexpected"
+
+
+def looked_up(model: ModelProto, ids: list[int]) -> Floats:
+    """Rows of the embedding as the first layer gets them, float32 [ids, hidden]."""
+    part = ModelProto()
+    part.CopyFrom(model)
+    last = max(n for n, node in enumerate(part.graph.node) if node.name in ("embedding.rows", "embedding.either"))
+    result = helper.make_tensor_value_info(part.graph.node[last].output[0], 1, None)
+    del part.graph.node[last + 1 :], part.graph.output[:], part.graph.input[1:]
+    part.graph.output.append(result)
+    rows: Floats = session(part).run(None, {"input_ids": np.array([ids])})[0][0]
+    return rows
+
+
+@pytest.mark.parametrize("method", ["rtn", "k_quant"])
+def test_coarse_rows_leave_the_domain_s_own_as_they_were(fp32: Path, method: Method) -> None:
+    settings = QuantSettings(method, 32)
+    kept = np.arange(0, VOCAB, 2, dtype=np.int32)
+    plain = quantize_int4(load_graph(fp32), settings)
+    coarse = quantize_int4(load_graph(fp32), settings)
+    coarsen_table(coarse, kept)
+    common, mixed = [4, 6, 500, 1022, 8], [4, 7, 501, 1023, 8]
+    assert np.array_equal(logits(coarse, ids=common), logits(plain, ids=common)[kept])
+    found, expected = looked_up(coarse, mixed), looked_up(plain, mixed)
+    error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert (error > 0).tolist() == [False, True, True, True, False]
+    assert error.max() < 0.45, "two bits keep the direction of a row"
+    size, before = (sum(len(t.raw_data) for t in m.graph.initializer) for m in (coarse, plain))
+    assert size < before - (VOCAB - len(kept)) * TINY["hidden_size"] * 0.2
+
+
+def test_coarse_rows_need_a_table_that_the_head_shares(fp32: Path) -> None:
+    with pytest.raises(EdgeError) as caught:
+        coarsen_table(load_graph(fp32), KEPT)
     assert caught.value.code == "export.graph_unexpected"
