@@ -13,6 +13,8 @@ from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError
 from export.boards import load_boards
 from export.commands_build import add_build, only, quiet_libraries
+from export.commands_report import add_report
+from export.commands_shrink import add_commands as add_shrink
 
 EPILOG = """examples:
   edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle
@@ -46,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_build(commands)
+    add_shrink(commands)
+    add_report(commands)
     sign = commands.add_parser("sign", help="sign a bundle (again)", description="Hash every file, then sign.")
     sign.add_argument("bundle", type=Path)
     sign.add_argument(

@@ -35,7 +35,7 @@ class Parts:
         model: folder with ``model/…`` and ``spec.json``.
         texts: small files made by the build, by path inside the bundle: calibration, report card.
         quality: figures for the manifest.
-        provenance: further facts for the manifest.
+        lineage: how the checkpoint came from a larger one, step by step; usually empty.
     """
 
     identity: Identity
@@ -44,7 +44,7 @@ class Parts:
     model: Path
     texts: Mapping[str, bytes]
     quality: Mapping[str, Any]
-    provenance: Mapping[str, Any]
+    lineage: tuple[Mapping[str, Any], ...] = ()
 
 
 def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
@@ -104,7 +104,7 @@ def _manifest(parts: Parts, spec: ModelSpec, folder: Path) -> Manifest:
                     "checkpoint": checkpoint_facts(parts.checkpoint),
                     "precision": spec.precision,
                     "tools": tool_versions(),
-                    **parts.provenance,
+                    **({"lineage": list(parts.lineage)} if parts.lineage else {}),
                 },
             }
         )

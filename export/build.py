@@ -7,8 +7,9 @@ asked for differently goes on from the last stage whose inputs are the same.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -20,15 +21,20 @@ from export.boards import Board, buildable_board
 from export.bundle import check_out, tool_versions
 from export.pipeline import Pipeline, Progress, StageTiming
 from export.plan import Plan, free_bytes_at, plan, require_work_space
-from export.request import BuildRequest, Labelled, Measurement, read_all_labelled
+from export.request import BuildRequest, Labelled, Measurement, Shrinking, read_all_labelled
 from export.source import Checkpoint, open_checkpoint
 from export.stages.fuse import fuse
 from export.stages.package import package
 from export.stages.prove import Candidate, prove, task_bytes
 from export.stages.quantise import quantise
 from export.stages.reference import reference
-from export.stages.specialise import specialise
+from export.stages.shrink import CHECKPOINT_DIR, shrink, shrink_key, shrinking_facts
+from export.stages.specialise import Speciality, specialise
 from export.tasks import TaskFolder, open_tasks
+from export.texts import TaskTexts
+
+CALIBRATION_TEXTS = 128
+"""Texts a task that calibrated quantisation looks at; more changed nothing that could be measured."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class _Given:
     context_tokens: int
     tasks: tuple[TaskFolder, ...]
     labelled: dict[str, Labelled]
+    texts_key: dict[str, Any]
+    """Content of everything that tasks' texts are rendered from, for the keys of stages that look at them."""
 
 
 def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, place: Workplace) -> BuildResult:
@@ -90,17 +98,16 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, place: Workp
         EdgeError: ``export.*``, ``task.*`` or ``key.*``; nothing is at ``out`` then, and finished stages stay in the
             work folder for the next try.
     """
+    _check_words(request, out, place)
     pipeline = Pipeline(_work(out, place), place.progress, tool_versions())
-    with pipeline.watched("source"):
-        given = _check(request, out, place)
-        place.progress.line(
-            f"checkpoint: {given.checkpoint.architecture}, {given.checkpoint.parameters:,} parameters, "
-            f"{len(given.tasks)} task(s)"
-        )
-        require_work_space(_estimate(request, given, pipeline.work), pipeline.work)
-    with pipeline.opened():
+    with pipeline.opened(keep=place.work is not None):
+        with pipeline.watched("source"):
+            given = _check(request, pipeline.scratch())
+            architecture, parameters = given.checkpoint.architecture, given.checkpoint.parameters
+            place.progress.line(f"checkpoint: {architecture}, {parameters:,} parameters, {len(given.tasks)} task(s)")
+            require_work_space(_estimate(request, given, pipeline.work), pipeline.work)
         candidate = _model_stages(request, pipeline, given)
-        proven = _prove_stage(request, pipeline, candidate, given.labelled)
+        proven = _prove_stage(request, pipeline, candidate, given)
         with pipeline.watched("package"):
             digest, manifest, report = package(candidate.parts, proven, out, key, force=place.force)
             place.progress.line(
@@ -122,18 +129,29 @@ def plan_build(request: BuildRequest, out: Path, place: Workplace) -> Plan:
     Raises:
         EdgeError: as `build`.
     """
-    return _estimate(request, _check(request, out, place), _work(out, place))
+    _check_words(request, out, place)
+    with TemporaryDirectory(prefix="edge-export-") as scratch:
+        return _estimate(request, _check(request, Path(scratch)), _work(out, place))
 
 
-def _check(request: BuildRequest, out: Path, place: Workplace) -> _Given:
-    """Everything that can be wrong before hours are spent."""
+def _check_words(request: BuildRequest, out: Path, place: Workplace) -> None:
+    """What can be refused without opening a file."""
     check_out(out, force=place.force)
     request.identity.check()
+    buildable_board(request.identity.target).check_precision(request.precision)
+
+
+def _check(request: BuildRequest, scratch: Path) -> _Given:
+    """Everything that can be wrong before hours are spent."""
     board = buildable_board(request.identity.target)
-    checkpoint = open_checkpoint(request.checkpoint)
+    checkpoint = open_checkpoint(
+        request.checkpoint, allow_large=request.allow_large, trust=request.trust, scratch=scratch
+    )
     context_tokens = min(checkpoint.max_positions, request.max_context_tokens)
     tasks = tuple(open_tasks(request.tasks, context_tokens))
-    return _Given(board, checkpoint, context_tokens, tasks, read_all_labelled(request.measurement, list(tasks)))
+    labelled = read_all_labelled(request.measurement, list(tasks))
+    texts_key = {"tasks": task_bytes(tasks), "labelled": _data_hashes(request.measurement)}
+    return _Given(board, checkpoint, context_tokens, tasks, labelled, texts_key)
 
 
 def _work(out: Path, place: Workplace) -> Path:
@@ -145,7 +163,11 @@ def _estimate(request: BuildRequest, given: _Given, work: Path) -> Plan:
 
 
 def _model_stages(request: BuildRequest, pipeline: Pipeline, given: _Given) -> Candidate:
-    say, checkpoint, context, tasks = pipeline.progress, given.checkpoint, given.context_tokens, given.tasks
+    say, tasks = pipeline.progress, given.tasks
+    lineage: tuple[dict[str, Any], ...] = ()
+    if request.shrinking is not None:
+        given, lineage = _shrink_stage(request.shrinking, pipeline, given)
+    checkpoint, context = given.checkpoint, given.context_tokens
     recorded = pipeline.stage(
         "reference", {"checkpoint": checkpoint.sha256}, lambda folder: reference(checkpoint, folder)
     )
@@ -158,30 +180,49 @@ def _model_stages(request: BuildRequest, pipeline: Pipeline, given: _Given) -> C
     shipped, upstream = fused, "fuse"
     if request.precision == "int4":
         settings, upstream = request.quantisation, "quantise"
+        texts = TaskTexts(checkpoint).calibration(tasks, given.labelled, CALIBRATION_TEXTS)
         shipped = pipeline.stage(
-            "quantise", asdict(settings), lambda folder: quantise(fused, settings, folder, say), after=("fuse",)
+            "quantise",
+            {**asdict(settings), **(given.texts_key if settings.needs_texts else {})},
+            lambda folder: quantise(fused, settings, texts, folder, say),
+            after=("fuse",),
         )
-    special = pipeline.stage("specialise", {}, lambda folder: specialise(shipped, folder), after=(upstream,))
+    speciality = Speciality(given.board, request.graph, checkpoint, tasks, given.labelled)
+    special = pipeline.stage(
+        "specialise",
+        {**given.texts_key, **request.graph.as_key(), "board": given.board.model_dump(mode="json")},
+        lambda folder: specialise(speciality, shipped, folder, say),
+        after=(upstream,),
+    )
     quality = request.measurement.quality
-    parts = Parts(request.identity, checkpoint, tasks, special, texts={}, quality=quality, provenance={})
+    parts = Parts(request.identity, checkpoint, tasks, special, texts={}, quality=quality, lineage=lineage)
     return Candidate(parts, fused, request.precision, given.board, request.elsewhere)
 
 
-def _prove_stage(
-    request: BuildRequest, pipeline: Pipeline, candidate: Candidate, labelled: dict[str, Labelled]
-) -> Path:
+def _shrink_stage(wanted: Shrinking, pipeline: Pipeline, given: _Given) -> tuple[_Given, tuple[dict[str, Any], ...]]:
+    """The rest of the build works on the smaller checkpoint."""
+    folder = pipeline.stage(
+        "shrink",
+        {**shrink_key(wanted, given.checkpoint), **given.texts_key},
+        lambda folder: shrink(wanted, given.checkpoint, given.tasks, folder, pipeline.progress),
+    )
+    smaller = open_checkpoint(folder / CHECKPOINT_DIR)
+    context_tokens = min(smaller.max_positions, given.context_tokens)
+    return replace(given, checkpoint=smaller, context_tokens=context_tokens), (shrinking_facts(folder),)
+
+
+def _prove_stage(request: BuildRequest, pipeline: Pipeline, candidate: Candidate, given: _Given) -> Path:
     inputs = {
-        "tasks": task_bytes(candidate.parts.tasks),
+        **given.texts_key,
         "identity": asdict(request.identity),
         "quality": request.measurement.quality,
-        "labelled": _data_hashes(request.measurement),
         "board": candidate.board.model_dump(mode="json"),
         "elsewhere": [" ".join(one.command) for one in request.elsewhere.interpreters(candidate.board)],
     }
     return pipeline.stage(
         "prove",
         inputs,
-        lambda folder: prove(candidate, labelled, folder, pipeline.progress),
+        lambda folder: prove(candidate, given.labelled, folder, pipeline.progress),
         after=("fuse", "specialise"),
     )
 

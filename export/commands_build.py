@@ -35,6 +35,8 @@ def add_build(commands: Any) -> None:
     build.add_argument("--version", default="0.1.0")
     build.add_argument("--max-context", type=int, default=2048, metavar="TOKENS")
     _add_weights(build.add_argument_group("weights"))
+    _add_shrinking(build.add_argument_group("a smaller checkpoint first"))
+    _add_graph(build.add_argument_group("graph"))
     _add_proof(build.add_argument_group("proof"))
     build.add_argument("--sign-key", type=Path, metavar="FILE", help="Ed25519 private key (PEM); default: your own")
     build.add_argument("--work", type=Path, metavar="DIR", help="keep the stages' outputs here and reuse them")
@@ -45,15 +47,45 @@ def add_build(commands: Any) -> None:
 
 
 def _add_weights(group: Any) -> None:
+    group.add_argument("--allow-large", action="store_true", help="more than 1,000,000,000 parameters")
+    group.add_argument("--trust", action="store_true", help="read pickled weights (as tensors; no code is run)")
     group.add_argument("--precision", choices=("int4", "fp32"), default="int4")
-    group.add_argument("--method", choices=("rtn", "k_quant", "hqq"), default="k_quant")
+    group.add_argument("--method", choices=("rtn", "k_quant", "hqq", "gptq"), default="k_quant")
     group.add_argument("--block-size", type=int, choices=(32, 64, 128), default=32)
+    group.add_argument("--symmetric", action=argparse.BooleanOptionalAction, help="default: as usual for the method")
+
+
+def _add_shrinking(group: Any) -> None:
+    group.add_argument(
+        "--drop-layers", type=int, default=0, metavar="N", help="take out the layers the task needs least"
+    )
+    group.add_argument("--distil-into", metavar="CONFIG", help="teach a smaller network: half-width, …, or a JSON file")
+    group.add_argument("--train-on", type=Path, metavar="FILE.jsonl", help="events to measure and to train with")
+    group.add_argument("--train-minutes", type=float, default=10.0, metavar="M")
+    group.add_argument("--train-steps", type=int, metavar="N", help="instead of minutes: exactly so many")
+
+
+def _add_graph(group: Any) -> None:
+    group.add_argument(
+        "--vocab-from", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="prune the head to the "
+        "tokens of these texts (UTF-8 or .jsonl), every byte and what the tasks answer with"
+    )  # fmt: skip
+    group.add_argument("--vocab-rows", type=int, default=8192, metavar="N", help="tokens that a pruned head keeps")
+    group.add_argument(
+        "--vocab-heldout", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="measure on these "
+        "texts what the pruned head can write"
+    )  # fmt: skip
+    group.add_argument("--kv", choices=("float32", "int8"), default="float32", help="element type of the caches")
+    group.add_argument("--head", choices=("attached", "split"), default="attached", help="split: a graph of its own")
+    group.add_argument("--ragged", action="store_true", help="let batches continue by different numbers of tokens")
 
 
 def _add_proof(group: Any) -> None:
     group.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help="fit temperatures")
     group.add_argument("--evaluate-on", action="append", default=[], metavar="[TASK=]FILE", help="measure accuracy")
     group.add_argument("--quality", type=Path, metavar="FILE", help="embed figures that were measured before")
+    group.add_argument("--arm64-root", type=Path, metavar="DIR", help="have an emulated Arm answer (.ci/arm64_root.sh)")
+    group.add_argument("--openvino-python", type=Path, metavar="FILE", help="have OpenVINO answer in its environment")
 
 
 def run_build(arguments: argparse.Namespace) -> int:
@@ -61,8 +93,9 @@ def run_build(arguments: argparse.Namespace) -> int:
     from export.build import Workplace, build, plan_build
     from export.plan import plan_lines
     from export.progress import best_progress
-    from export.request import BuildRequest, Identity, Measurement, read_quality
+    from export.request import BuildRequest, GraphOptions, Identity, Measurement, read_quality
     from export.signing import load_signing_key
+    from export.stages.witnesses import Elsewhere
 
     quiet_libraries()
     request = BuildRequest(
@@ -75,7 +108,19 @@ def run_build(arguments: argparse.Namespace) -> int:
         ),
         precision=arguments.precision,
         quantisation=_quantisation(arguments),
+        allow_large=arguments.allow_large,
+        trust=arguments.trust,
+        shrinking=_shrinking(arguments),
+        graph=GraphOptions(
+            vocabulary=tuple(arguments.vocab_from),
+            vocab_rows=arguments.vocab_rows,
+            vocab_heldout=tuple(arguments.vocab_heldout),
+            kv=arguments.kv,
+            head=arguments.head,
+            ragged=arguments.ragged,
+        ),
         max_context_tokens=arguments.max_context,
+        elsewhere=Elsewhere(arguments.arm64_root, arguments.openvino_python),
         measurement=Measurement(
             calibrate_on=_by_task(arguments.calibrate_on, arguments.task),
             evaluate_on=_by_task(arguments.evaluate_on, arguments.task),
@@ -100,7 +145,20 @@ def run_build(arguments: argparse.Namespace) -> int:
 def _quantisation(arguments: argparse.Namespace) -> Any:
     from export.quantize import QuantSettings
 
-    return QuantSettings(arguments.method, arguments.block_size)
+    return QuantSettings(arguments.method, arguments.block_size, arguments.symmetric)
+
+
+def _shrinking(arguments: argparse.Namespace) -> Any:
+    from export.request import Shrinking
+
+    if not arguments.drop_layers and arguments.distil_into is None:
+        return None
+    if arguments.drop_layers and arguments.distil_into is not None:
+        raise RefusedError("export.usage", "--drop-layers or --distil-into, not both: a student drops layers itself")
+    if arguments.train_on is None:
+        raise RefusedError("export.usage", "--drop-layers and --distil-into need --train-on FILE.jsonl")
+    budget = (None, arguments.train_steps) if arguments.train_steps else (arguments.train_minutes, None)
+    return Shrinking(arguments.train_on, arguments.drop_layers, arguments.distil_into, *budget)
 
 
 def _by_task(given: list[str], folders: list[Path]) -> dict[str, Path]:

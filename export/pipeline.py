@@ -74,8 +74,11 @@ class Pipeline:
         self._keys: dict[str, str] = {}
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, *, keep: bool = True) -> Iterator[None]:
         """Hold the work folder: two builds in one folder would take each other's stages away.
+
+        Args:
+            keep: whether the folder stays where nothing was made in it.
 
         Raises:
             RefusedError: ``export.work_busy``.
@@ -93,6 +96,20 @@ class Pipeline:
             yield
         finally:
             os.close(descriptor)
+            shutil.rmtree(self.scratch_path, ignore_errors=True)
+            if not keep and not any(self.work.glob(f"*/{STAGE_NAME}")):
+                shutil.rmtree(self.work, ignore_errors=True)
+
+    @property
+    def scratch_path(self) -> Path:
+        """Where what is needed during this run only may lie."""
+        return self.work / ".scratch.partial"
+
+    def scratch(self) -> Path:
+        """An empty folder for the time of this run."""
+        shutil.rmtree(self.scratch_path, ignore_errors=True)
+        self.scratch_path.mkdir()
+        return self.scratch_path
 
     def stage(self, name: str, inputs: Mapping[str, Any], make: Make, *, after: tuple[str, ...] = ()) -> Path:
         """Make a stage's outputs, or find them made.

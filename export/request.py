@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from edge_agent.contract.manifest import Name
 from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
+from edge_agent.fs import sha256_file
 from export.evaluate import read_labelled
 from export.quantize import QuantSettings
 from export.stages.witnesses import Elsewhere
@@ -66,6 +67,51 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class GraphOptions:
+    """How the graph is cut for those who will run it.
+
+    Args:
+        vocabulary: the domain's texts, of which the head keeps the tokens; empty: the head keeps all.
+        vocab_rows: tokens that a pruned head keeps.
+        vocab_heldout: texts of the domain on which the pruned head's reach is measured.
+        kv: element type of the caches.
+        head: inside the decoder's graph, or a graph of its own.
+        ragged: whether batches may continue by different numbers of tokens.
+    """
+
+    vocabulary: tuple[Path, ...] = ()
+    vocab_rows: int = 8192
+    vocab_heldout: tuple[Path, ...] = ()
+    kv: Literal["float32", "int8"] = "float32"
+    head: Literal["attached", "split"] = "attached"
+    ragged: bool = False
+
+    def as_key(self) -> dict[str, Any]:
+        """What the graph depends on: content of files, not their names."""
+        texts = {name: [sha256_file(file) for file in getattr(self, name)] for name in ("vocabulary", "vocab_heldout")}
+        return {**texts, "vocab_rows": self.vocab_rows, "kv": self.kv, "head": self.head, "ragged": self.ragged}
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """A smaller checkpoint before everything else.
+
+    Args:
+        data: JSON lines of events of the bundle's one task, with decisions or without.
+        drop_layers: layers to take out; 0 for none.
+        distil_into: shape of a student (a name or a JSON file); None for none.
+        minutes: of training.
+        steps: of training instead, exactly.
+    """
+
+    data: Path
+    drop_layers: int = 0
+    distil_into: str | None = None
+    minutes: float | None = 10.0
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
 class BuildRequest:
     """Everything that decides a bundle's bytes.
 
@@ -75,6 +121,10 @@ class BuildRequest:
         identity: name, version and target.
         precision: of the weights.
         quantisation: method, block size and exceptions, for INT4.
+        allow_large: whether more parameters than a small model has are welcome.
+        trust: whether pickled weights are welcome (read without running them).
+        shrinking: a smaller checkpoint first.
+        graph: how the graph is cut.
         max_context_tokens: longest text; rotary tables are cut to it.
         measurement: labelled events and figures.
         elsewhere: interpreters of other machines that prove the bundle.
@@ -85,6 +135,10 @@ class BuildRequest:
     identity: Identity
     precision: Precision = "int4"
     quantisation: QuantSettings = field(default_factory=QuantSettings)
+    allow_large: bool = False
+    trust: bool = False
+    shrinking: Shrinking | None = None
+    graph: GraphOptions = field(default_factory=GraphOptions)
     max_context_tokens: int = 2048
     measurement: Measurement = field(default_factory=Measurement)
     elsewhere: Elsewhere = field(default_factory=Elsewhere)

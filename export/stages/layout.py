@@ -10,6 +10,9 @@ from edge_agent.contract.manifest import ModelSpec
 
 MODEL_DIR = "model"
 DECODER = f"{MODEL_DIR}/decoder.onnx"
+HEAD = f"{MODEL_DIR}/head.onnx"
+HEAD_IDS = f"{MODEL_DIR}/head_ids.bin"
+VOCABULARY_NAME = "vocabulary.json"
 PARITY_NAME = "parity.json"
 PROOF_NAME = "proof.json"
 SPEC_NAME = "spec.json"

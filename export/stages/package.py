@@ -13,12 +13,14 @@ from edge_agent.contract.manifest import Manifest
 from edge_agent.fs import copy_durable
 from export.assembly import Parts, assemble, checkpoint_facts
 from export.bundle import fresh_directory, tool_versions
+from export.evaluate import without_curves
 from export.graph import load_graph
 from export.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
 from export.signing import sign_bundle
 from export.source import TOKENIZER_NAME
-from export.stages.layout import DECODER, MODEL_DIR, PROOF_NAME, read_spec
+from export.stages.layout import MODEL_DIR, PROOF_NAME, read_spec
 from export.stages.prove import calibration_texts
+from export.stages.specialise import vocabulary_facts
 
 
 def package(
@@ -43,7 +45,7 @@ def package(
     report = _report(parts, proven, calibration)
     texts = {**calibration, REPORT_JSON: report_json_bytes(report), REPORT_HTML: report_html_bytes(report)}
     with fresh_directory(out, force=force) as folder:
-        manifest = assemble(replace(parts, texts=texts, quality=report["quality"]), folder, copy_durable)
+        manifest = assemble(replace(parts, texts=texts, quality=without_curves(report["quality"])), folder, copy_durable)
         digest = sign_bundle(folder, key)
     return digest, manifest, report
 
@@ -51,6 +53,8 @@ def package(
 def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[str, Any]:
     proof = json.loads((proven / PROOF_NAME).read_text("utf-8"))
     identity, spec = parts.identity, read_spec(parts.model)
+    vocabulary = vocabulary_facts(parts.model)
+    decoder, *others = [load_graph(parts.model / name) for name in spec.graph_files]
     model_bytes = sum(file.stat().st_size for file in (parts.model / MODEL_DIR).iterdir())
     return {
         "format": 1,
@@ -59,12 +63,14 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
         "verification": proof["verification"],
         "evidence": proof["evidence"],
         "size_bytes": {
-            **size_by_part(load_graph(parts.model / DECODER), model_bytes),
+            **size_by_part(decoder, model_bytes, *others),
             "tokenizer": (parts.checkpoint.path / TOKENIZER_NAME).stat().st_size,
         },
         "checkpoint": checkpoint_facts(parts.checkpoint),
         "tools": tool_versions(),
         "parity": proof["parity"],
+        **({"vocabulary": vocabulary} if vocabulary else {}),
+        **({"lineage": list(parts.lineage)} if parts.lineage else {}),
         "calibration": _temperatures(parts, calibration),
         "quality": proof["quality"],
     }

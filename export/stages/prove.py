@@ -73,7 +73,7 @@ def prove(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, 
     with _looked_at(candidate.parts, calibration_texts(folder)) as bundle:
         proof["quality"] = _quality(candidate, bundle, labelled, progress)
         evidence = gather_evidence(candidate.board, bundle, candidate.elsewhere, progress)
-        proof["evidence"] = [one.as_dict() for one in evidence]
+        proof["evidence"] = [{**one.as_dict(), "word": verification(candidate.board, one)} for one in evidence]
         proof["verification"] = verification(candidate.board, *evidence)
     (folder / PROOF_NAME).write_text(json.dumps(proof, indent=2, sort_keys=True) + "\n", "utf-8")
 

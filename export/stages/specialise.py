@@ -1,19 +1,123 @@
-"""Stage *specialise*: what a target wants beyond the graph as it was quantised."""
+"""Stage *specialise*: what a target, a domain or the engine wants beyond the graph as it was quantised."""
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from export.stages.layout import MODEL_DIR, read_spec, write_spec
+from onnx import ModelProto
+
+from edge_agent.contract.manifest import ModelSpec
+from export.boards import Board
+from export.compact import compact_scales
+from export.graph import load_graph, save_graph, save_graphs
+from export.half import check_headroom, peak_activations, to_half
+from export.int8_kv import measure_kv_scales, quantise_kv
+from export.pipeline import Progress
+from export.pruned_head import prune_head
+from export.ragged import add_ragged
+from export.request import GraphOptions, Labelled
+from export.source import Checkpoint
+from export.split_head import split_head
+from export.stages.layout import DECODER, HEAD, HEAD_IDS, MODEL_DIR, VOCABULARY_NAME, read_spec, write_spec
+from export.tasks import TaskFolder
+from export.texts import TaskTexts
+from export.vocabulary import choose_vocabulary, reach
+
+ACTIVATION_TEXTS = 64
+"""Texts a task on which the reach of activations is measured: it settles after a few dozen."""
 
 
-def specialise(quantised: Path, folder: Path) -> None:
-    """Take the quantised model over as it is.
+@dataclass(frozen=True)
+class Speciality:
+    """What the stage works from.
 
     Args:
-        quantised: outputs of stage *quantise*, or of *fuse* for fp32.
-        folder: receives ``model/`` and ``spec.json``.
+        board: the target.
+        options: what was asked of the graph.
+        checkpoint: where the weights came from.
+        tasks: the bundle's tasks.
+        labelled: labelled events by task.
     """
-    shutil.copytree(quantised / MODEL_DIR, folder / MODEL_DIR)
-    write_spec(folder, read_spec(quantised))
+
+    board: Board
+    options: GraphOptions
+    checkpoint: Checkpoint
+    tasks: tuple[TaskFolder, ...]
+    labelled: Mapping[str, Labelled]
+
+
+def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Progress) -> None:
+    """Rewrite the graph for those who will run it.
+
+    Args:
+        speciality: target, options, tasks.
+        shipped: outputs of stage *quantise*, or of *fuse* for fp32.
+        folder: receives ``model/`` and ``spec.json``.
+        progress: is told what was changed.
+
+    Raises:
+        EdgeError: ``export.vocab_*``, ``tokenizer.no_bytes``, ``export.graph_unexpected``.
+    """
+    (folder / MODEL_DIR).mkdir()
+    changes: dict[str, Any] = {}
+    model = load_graph(shipped / DECODER)
+    if speciality.options.vocabulary:
+        changes |= _prune(speciality, model, folder, progress)
+    if speciality.options.kv == "int8":
+        texts = TaskTexts(speciality.checkpoint)
+        prompts = texts.calibration(speciality.tasks, speciality.labelled, ACTIVATION_TEXTS)
+        quantise_kv(model, measure_kv_scales(model, prompts))
+        changes["kv_dtype"] = "int8"
+    if speciality.board.activations == "float16":
+        changes["kv_dtype"] = _halve(speciality, model, progress)
+    if speciality.options.ragged:
+        add_ragged(model)
+        changes["ragged"] = True
+    graphs: dict[Path, ModelProto] = {folder / DECODER: model}
+    if speciality.options.head == "split":
+        graphs[folder / DECODER], graphs[folder / HEAD] = split_head(model)
+        changes["head"] = HEAD
+    for graph in graphs.values():
+        # Nothing to widen where activations are float16 themselves.
+        compact_scales(graph)
+    files = save_graphs(graphs) if len(graphs) > 1 else save_graph(model, folder / DECODER)
+    spec = read_spec(shipped)
+    write_spec(folder, ModelSpec.model_validate({**spec.model_dump(), **changes}))
+    progress.line(f"{spec.precision} for {speciality.board.name}: {sum(file.stat().st_size for file in files):,} bytes")
+
+
+def _prune(speciality: Speciality, model: ModelProto, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Prune the head, and write which tokens it kept and what they can write."""
+    options, checkpoint = speciality.options, speciality.checkpoint
+    vocabulary = choose_vocabulary(checkpoint, options.vocabulary, speciality.tasks, options.vocab_rows)
+    prune_head(model, vocabulary.ids)
+    (folder / HEAD_IDS).write_bytes(vocabulary.to_bytes())
+    facts: dict[str, Any] = vocabulary.as_dict()
+    line = f"head: {len(vocabulary.ids):,} of {checkpoint.vocab_size:,} tokens"
+    if options.vocab_heldout:
+        found = reach(checkpoint, vocabulary, options.vocab_heldout)
+        facts["heldout"] = found.as_dict()
+        line += f", which reach {found.reachable / found.tokens:.2%} of the held-out text's"
+    (folder / VOCABULARY_NAME).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
+    progress.line(line)
+    return {"head_ids": HEAD_IDS}
+
+
+def _halve(speciality: Speciality, model: ModelProto, progress: Progress) -> str:
+    """Float16 activations, where the task's own texts leave room for them."""
+    texts = TaskTexts(speciality.checkpoint).calibration(speciality.tasks, speciality.labelled, ACTIVATION_TEXTS)
+    peak = check_headroom(peak_activations(model, texts))
+    to_half(model)
+    progress.line(f"float16: the largest activation on {len(texts)} texts is {peak:,.0f} of 65,504")
+    return "float16"
+
+
+def vocabulary_facts(special: Path) -> dict[str, Any] | None:
+    """What the pruned head kept, for the report card; None for a whole head."""
+    file = special / VOCABULARY_NAME
+    facts: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return facts
