@@ -45,7 +45,8 @@ def package(
     report = _report(parts, proven, calibration)
     texts = {**calibration, REPORT_JSON: report_json_bytes(report), REPORT_HTML: report_html_bytes(report)}
     with fresh_directory(out, force=force) as folder:
-        manifest = assemble(replace(parts, texts=texts, quality=without_curves(report["quality"])), folder, copy_durable)
+        whole = replace(parts, texts=texts, quality=without_curves(report["quality"]))
+        manifest = assemble(whole, folder, copy_durable)
         digest = sign_bundle(folder, key)
     return digest, manifest, report
 
