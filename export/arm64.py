@@ -44,6 +44,7 @@ def arm64_interpreter(root: Path, cpu: Cpu = "cortex-a72") -> Interpreter:
         python_path=(root / "site",),
         # Nothing of this machine's: its library paths lead to libraries of another machine.
         environment={"PATH": os.defpath, "PYTHONPYCACHEPREFIX": str(root / "pycache")},
+        device=cpu,
     )
 
 

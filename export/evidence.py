@@ -32,7 +32,7 @@ class Evidence:
         provider: execution provider that ran them; None where nothing ran.
         machine: what it ran (or was compiled) on, as `platform.machine` says there.
         emulator: what stood in for the target's hardware; None on the machine itself.
-        device: model of the board, or the SoC that was compiled for, where known.
+        device: model of the board, the processor that was emulated or the SoC that was compiled for, where known.
         compiler: vendor's compiler that made a binary of the graphs, e.g. ``qnn``; None where there was none.
         onnxruntime: version of the library.
         events: events that were answered.

@@ -38,12 +38,14 @@ class Interpreter:
         python_path: folders of packages beside its own.
         environment: its whole environment.
         threads: intra-op threads of its engine.
+        device: what it stands for, where it cannot tell by itself: the processor that is emulated.
     """
 
     command: tuple[str, ...]
     python_path: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     threads: int = 1
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def ask(interpreter: Interpreter, bundle: Path, asked: Sequence[tuple[str, Event
     return Testimony(
         machine=reply["machine"],
         emulator=reply["emulator"],
-        device=reply["device"],
+        device=reply["device"] or interpreter.device,
         onnxruntime=reply["onnxruntime"],
         providers=tuple(reply["providers"]),
         decisions=tuple(answer.get("decision") for answer in reply["answers"]),
