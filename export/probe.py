@@ -34,6 +34,7 @@ class Probe:
         model: a graph of interface 1 with the head inside; it is not changed, and its weights are read once.
         watched: tensors whose values `run` returns beside the logits.
         scores: whether logits are wanted; without them the head, the largest matrix of a small model, is not run.
+        exchangeable: whether weights are fed. A quantised graph keeps them inside: its kernels pack them at load.
         threads: intra-op threads.
 
     Raises:
@@ -41,11 +42,17 @@ class Probe:
     """
 
     def __init__(
-        self, model: ModelProto, watched: Sequence[str] = (), *, scores: bool = True, threads: int = THREADS
+        self,
+        model: ModelProto,
+        watched: Sequence[str] = (),
+        *,
+        scores: bool = True,
+        exchangeable: bool = True,
+        threads: int = THREADS,
     ) -> None:
         self.weights: dict[str, npt.NDArray[Any]] = {}
         self._outputs = [*([LOGITS] if scores else []), *watched]
-        opened = _opened(model, self.weights, self._outputs)
+        opened = _opened(model, self.weights if exchangeable else None, self._outputs)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # "initializer appears in graph inputs": on purpose
@@ -63,10 +70,12 @@ class Probe:
         """Empty caches."""
         return dict(self._start)
 
-    def prefill(self, ids: Sequence[int], past: Mapping[str, Floats]) -> dict[str, Floats]:
+    def prefill(
+        self, ids: Sequence[int], past: Mapping[str, Floats], exchanged: Mapping[str, Floats] | None = None
+    ) -> dict[str, Floats]:
         """Caches after ``ids``; nothing is scored."""
         names = [name.replace("past_key_values", "present") for name in past]
-        outputs = self._session.run(names, self._feeds(ids, past, [len(ids) - 1]))
+        outputs = self._session.run(names, self._feeds(ids, past, [len(ids) - 1]) | dict(exchanged or {}))
         return dict(zip(past, outputs, strict=True))
 
     def run(
@@ -121,7 +130,7 @@ def require_texts(texts: Sequence[Any], purpose: str) -> None:
         )
 
 
-def _opened(model: ModelProto, weights: dict[str, npt.NDArray[Any]], outputs: Sequence[str]) -> ModelProto:
+def _opened(model: ModelProto, weights: dict[str, npt.NDArray[Any]] | None, outputs: Sequence[str]) -> ModelProto:
     opened = ModelProto(ir_version=model.ir_version)
     opened.opset_import.extend(model.opset_import)
     graph = opened.graph
@@ -140,7 +149,7 @@ def _opened(model: ModelProto, weights: dict[str, npt.NDArray[Any]], outputs: Se
     for tensor in model.graph.initializer:
         if tensor.name not in used:
             continue
-        if len(tensor.raw_data) < _FED_FROM_BYTES:
+        if weights is None or len(tensor.raw_data) < _FED_FROM_BYTES:
             graph.initializer.append(tensor)
             continue
         weights[tensor.name] = numpy_helper.to_array(tensor)
