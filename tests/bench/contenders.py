@@ -19,6 +19,7 @@ from tests.bench.made import (
     optimum_peer,
     python_module,
     synthetic_checkpoint,
+    vocabulary_text,
 )
 
 PRUNED_ROWS = 8192
@@ -70,7 +71,8 @@ def make_contenders(shape: str, say: Say, *, with_llama_cpp: bool) -> Contenders
     say(f"{shape}: edge-export build")
     built = attempt(lambda: build_bundle(checkpoint, shape), say)
     say(f"{shape}: edge-export build, {PRUNED_ROWS}-row head")
-    rows: list[str | Path] = ["--vocab-from", HELDOUT, "--vocab-rows", str(PRUNED_ROWS)]
+    texts = [HELDOUT, vocabulary_text(shape, checkpoint)]
+    rows: list[str | Path] = ["--vocab-from", *texts, "--vocab-rows", str(PRUNED_ROWS)]
     pruned = attempt(lambda: build_bundle(checkpoint, f"{shape}-head-8k", rows), say)
     return Contenders(gguf, llama_cpp, sizes, optimum, built, pruned)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from edge_agent.contract.dsse import generate_key, private_key_to_pem
 from edge_agent.contract.manifest import Manifest, read_manifest
 from tests.bench.cache import CACHE, ROOT, cached, files_digest, versions_of
@@ -21,6 +23,7 @@ HELDOUT = REFERENCE / "data" / "heldout.jsonl"
 GGUF_NAME = "model-q4_0.gguf"
 PRINTED = "printed.json"
 TARGET = "cpu-x86_64"
+_BYTES_OF_AN_ID = 4
 _STAGE_LINE = re.compile(r"^\[(\w+)\] ([\d.]+) s$", re.MULTILINE)
 
 
@@ -35,6 +38,13 @@ class Built:
     def graph_bytes(self) -> int:
         """The files of the model: graphs, weights beside them, head ids."""
         return graph_bytes(self.bundle)
+
+    @property
+    def head_rows(self) -> int | None:
+        """Rows of a pruned head, None for a whole one."""
+        manifest, _ = read_manifest(self.bundle)
+        sizes = {entry.path: entry.size for entry in manifest.files}
+        return None if manifest.model.head_ids is None else sizes[manifest.model.head_ids] // _BYTES_OF_AN_ID
 
     @property
     def stages(self) -> str:
@@ -92,6 +102,21 @@ def task_without_golden() -> Path:
         shutil.copyfile(source, folder / source.name)
 
     return cached("task", {"task": files_digest(source)}, make)
+
+
+def vocabulary_text(shape: str, checkpoint: Path) -> Path:
+    """Text that reaches more tokens of a random vocabulary than a pruned head has rows: every token, a line each.
+
+    The domain's own text reaches some 1,600 tokens of it, and a head of 1,600 rows is not what is to be weighed.
+    """
+    source = checkpoint / "tokenizer.json"
+
+    def make(folder: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(source))
+        lines = (tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.get_vocab_size()))
+        (folder / "vocabulary.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+    return cached(f"vocabulary-{shape}", {"tokenizer": files_digest(source)}, make) / "vocabulary.txt"
 
 
 def build_bundle(checkpoint: Path, name: str, arguments: Sequence[str | Path] = ()) -> Built:

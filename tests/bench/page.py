@@ -14,8 +14,9 @@ from tests.bench.cache import ROOT, versions_of
 from tests.bench.figures import Figure, table
 from tests.bench.llama_cpp_peer import PACKAGE, cpu_flags
 
-PAGE = ROOT / "docs" / "benchmarks-export.md"
-FIGURES = ROOT / "docs" / "benchmarks-export.json"
+DOCS = ROOT / "docs"
+PAGE = "benchmarks-export.md"
+FIGURES = "benchmarks-export.json"
 _TEMPLATE = Path(__file__).with_name("page_template.md")
 _VERSIONS = ("onnxruntime", "torch", "transformers", "mobius-onnx", "optimum", "optimum-onnx", "gguf", "numpy")
 
@@ -34,14 +35,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_page(figures: Sequence[Figure], found_machine: dict[str, Any]) -> None:
+def write_page(figures: Sequence[Figure], found_machine: dict[str, Any], docs: Path = DOCS) -> None:
     """Write both files anew.
 
     Args:
         figures: of this run.
         found_machine: as `machine` saw it before the run.
+        docs: the folder of both.
     """
-    FIGURES.write_text(as_json(figures, found_machine), "utf-8")
+    (docs / FIGURES).write_text(as_json(figures, found_machine), "utf-8")
     template = Template(_TEMPLATE.read_text("utf-8"))
     words = {
         **found_machine,
@@ -50,7 +52,7 @@ def write_page(figures: Sequence[Figure], found_machine: dict[str, Any]) -> None
         "table": "\n".join(table(figures)),
         "notes": _notes(figures),
     }
-    PAGE.write_text(template.substitute(words), "utf-8")
+    (docs / PAGE).write_text(template.substitute(words), "utf-8")
 
 
 def as_json(figures: Sequence[Figure], found_machine: dict[str, Any]) -> str:
@@ -59,7 +61,7 @@ def as_json(figures: Sequence[Figure], found_machine: dict[str, Any]) -> str:
     return json.dumps({"format": 1, "machine": found_machine, "figures": by_key}, indent=2) + "\n"
 
 
-def committed_figures(path: Path = FIGURES) -> dict[str, Any]:
+def committed_figures(path: Path = DOCS / FIGURES) -> dict[str, Any]:
     """Figures of the committed page by key, empty where there is none yet."""
     if not path.is_file():
         return {}

@@ -111,7 +111,8 @@ def _sizes_of(
     size = bundle.graph_bytes
     whole = size + (bundle.bundle / "tokenizer.json").stat().st_size
     yield Figure(f"{shape}.int4{suffix}_mb", f"{label}, the graph", size / MB, "MB")
-    yield Figure(key, bare, size / gguf.tensor_bytes, RATIO, target)
+    rows = "" if bundle.head_rows is None else f"a head of {bundle.head_rows:,} rows"
+    yield Figure(key, bare, size / gguf.tensor_bytes, RATIO, target, note=rows)
     yield Figure(f"{key}_whole", f"{label} / Q4_0 --pure, both with the tokenizer", whole / gguf.file_bytes, RATIO)
     yield Figure(
         f"{key}_default", f"{label} / Q4_0 default mix, both with the tokenizer", whole / gguf.default_mix_bytes, RATIO

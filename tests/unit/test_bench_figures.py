@@ -10,7 +10,7 @@ import pytest
 
 from tests.bench.figures import Figure, Target, fallen_back, from_samples, table
 from tests.bench.interleaved import Speeds, paired_ratios
-from tests.bench.page import as_json, committed_figures
+from tests.bench.page import FIGURES, PAGE, as_json, committed_figures, machine, write_page
 from tests.bench.reference_figures import loss_figure
 
 AT_MOST = Target(1.02, "lower")
@@ -91,9 +91,20 @@ def test_a_first_run_has_nothing_to_fall_back_from(tmp_path: Path) -> None:
 
 
 def test_the_figures_survive_the_page(tmp_path: Path) -> None:
-    page = tmp_path / "figures.json"
-    page.write_text(as_json([decode(2.4)], MACHINE))
-    assert committed_figures(page)["shape.decode_ratio"]["met"] is True
+    write_page([decode(2.4)], machine(), tmp_path)
+    assert committed_figures(tmp_path / FIGURES)["shape.decode_ratio"]["met"] is True
+
+
+def test_the_page_names_the_machine_and_every_figure_and_note(tmp_path: Path) -> None:
+    noted = Figure("shape.gguf_mb", "file", 77.2, "MB", note="its own quantiser agrees")
+    found = machine()
+    write_page([decode(2.4), noted], found, tmp_path)
+    page = (tmp_path / PAGE).read_text()
+    assert "| decode | 2.40 x | >= 2.2 x | yes |" in page
+    assert "- file: its own quantiser agrees" in page
+    assert f"One run on {found['cores']} cores" in page
+    assert found["libraries"]["onnxruntime"] in page
+    assert "$cores" not in page
 
 
 def test_a_field_that_gained_does_not_hide_the_one_that_lost() -> None:
