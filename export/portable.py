@@ -22,6 +22,7 @@ import onnx
 import torch
 from onnx import ModelProto
 from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx.model_configs import Gemma3TextOnnxConfig
 from transformers import AutoModelForCausalLM
 
 from edge_agent.errors import PermanentError
@@ -59,6 +60,15 @@ def export_portable(checkpoint: Checkpoint, folder: Path) -> Path:
     return save_graph(model, folder / PORTABLE_NAME)[0]
 
 
+class _GemmaWithPositions(Gemma3TextOnnxConfig):
+    """optimum lets Gemma count its positions by the past's length; a fixed past window has always the same length."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """The library's inputs and the positions."""
+        return {**super().inputs, "position_ids": {0: "batch_size", 1: "sequence_length"}}
+
+
 def _export(checkpoint: Checkpoint, scratch: Path) -> None:
     with _silence():
         try:
@@ -75,7 +85,14 @@ def _export(checkpoint: Checkpoint, scratch: Path) -> None:
                 "export.reference_failed", f"transformers cannot load the checkpoint: {error}"
             ) from error
         try:
-            onnx_export_from_model(model, scratch, task=_TASK, do_validation=False, preprocessors=None)
+            own = {}
+            if checkpoint.architecture == "gemma3_text":
+                own["model"] = _GemmaWithPositions(
+                    model.config, task="text-generation", use_past=True, use_past_in_inputs=True
+                )
+            onnx_export_from_model(
+                model, scratch, task=_TASK, do_validation=False, preprocessors=None, custom_onnx_configs=own or None
+            )
         except (
             OSError,
             ValueError,

@@ -156,7 +156,10 @@ def _folded(portable: Path, tokens: int, past_tokens: int) -> ModelProto:
             "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
         )
         try:
-            ort.InferenceSession(str(portable), options, providers=["CPUExecutionProvider"])
+            # Biases stay operators of their own, so that each tensor between operators can have a scale of its own.
+            ort.InferenceSession(
+                str(portable), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+            )
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
             raise PermanentError("export.graph_unexpected", f"the portable graph cannot be folded: {error}") from error
         return load_graph(target)

@@ -56,8 +56,11 @@ def use_provider(target: Target, options: Any) -> dict[str, Any]:
     if provider is None or provider not in ort.get_available_providers():
         available = ", ".join(ort.get_available_providers())
         raise PermanentError("bundle.unsupported", f"no provider for target {target}; here: {available}")
-    providers = [provider] if provider == CPU else [(provider, OPENVINO_OPTIONS)]
-    return {"sess_options": options, "providers": providers}
+    if provider == CPU:
+        return {"sess_options": options, "providers": [provider]}
+    # What OpenVINO cannot do must fail here, not run unnoticed in ONNX Runtime's own kernels.
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return {"sess_options": options, "providers": [(provider, OPENVINO_OPTIONS)]}
 
 
 @functools.cache
