@@ -63,8 +63,7 @@ class Engine:
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
         self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
-        kind: type[ModelSession | StaticSession] = StaticSession if model.graph_interface == 2 else ModelSession
-        self._session = kind(bundle.path, bundle.manifest, self.threads)
+        self._session = _open_session(bundle, self.threads)
         self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
@@ -179,6 +178,13 @@ class Engine:
 
     def _is_listed(self, path: Path) -> bool:
         return str(path.relative_to(self.bundle.path)) in self._listed
+
+
+def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | StaticSession:
+    manifest = bundle.manifest
+    if manifest.model.graph_interface == 2:
+        return StaticSession(bundle.path, manifest.model, manifest.target, threads)
+    return ModelSession(bundle.path, manifest, threads)
 
 
 def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:

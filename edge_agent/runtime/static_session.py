@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_agent.contract.manifest import MASKED_BIAS, Manifest, ModelSpec
+from edge_agent.contract.manifest import MASKED_BIAS, ModelSpec, Target
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.providers import use_provider
@@ -47,8 +47,9 @@ class StaticSession:
     """The loaded graphs of a static model.
 
     Args:
-        bundle: the verified bundle's directory.
-        manifest: which files to load, for which target.
+        folder: a verified bundle's directory, or where an exporter laid the graphs out in the same way.
+        spec: which files to load, and the shapes that they must have.
+        target: what runs them.
         threads: intra-op threads of what runs on the CPU, at least 1.
 
     Raises:
@@ -56,18 +57,15 @@ class StaticSession:
         PermanentError: ``bundle.unsupported`` (operator, provider or shape), ``worker.out_of_memory``.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
-        spec = manifest.model
+    def __init__(self, folder: Path, spec: ModelSpec, target: Target, threads: int) -> None:
         if spec.windows is None or spec.past_tokens is None:
             raise PermanentError("bundle.unsupported", "the manifest describes no static windows")
-        self.spec: ModelSpec = spec
+        self.spec = spec
         self.past_tokens = spec.past_tokens
         # Narrowest first, as they are searched.
         ordered = sorted(spec.windows, key=lambda window: window.tokens)
-        self.windows = tuple(
-            Window(window.tokens, _load(bundle / window.graph, manifest, threads)) for window in ordered
-        )
-        rows = len(read_head_rows(spec.vocab_size, bundle / spec.head_ids if spec.head_ids else None))
+        self.windows = tuple(Window(window.tokens, _load(folder / window.graph, target, threads)) for window in ordered)
+        rows = len(read_head_rows(spec.vocab_size, folder / spec.head_ids if spec.head_ids else None))
         for window in self.windows:
             _check_interface(window, spec, self.past_tokens, rows)
         self.providers: tuple[str, ...] = tuple(self.windows[0].session.get_providers())
@@ -191,7 +189,7 @@ class StaticCache:
         return last
 
 
-def _load(graph: Path, manifest: Manifest, threads: int) -> Any:
+def _load(graph: Path, target: Target, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -199,7 +197,7 @@ def _load(graph: Path, manifest: Manifest, threads: int) -> Any:
     # Spinning threads would heat a fanless gateway between events.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(graph), **use_provider(manifest.target, options))
+        return ort.InferenceSession(str(graph), **use_provider(target, options))
     except EdgeError:
         raise
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
