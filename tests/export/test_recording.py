@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from edge_agent.errors import EdgeError
 from export.recording import FACTS_NAME, TENSORS_NAME, Recording, _check_cache, load_recording, record_reference
 from export.source import open_checkpoint
-from tests.export.conftest import change_config
+from export.synth import synthesise
+from tests.export.conftest import TINY, change_config
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,34 @@ def test_the_torch_model_is_gone_when_the_recording_is_done(llama: Path, tmp_pat
     before = models()
     record_reference(open_checkpoint(llama), tmp_path, prefill_tokens=4, decode_steps=2)
     assert models() == before
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+from export.recording import record_reference
+from export.source import open_checkpoint
+
+def resident_bytes():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+small, large = (open_checkpoint(Path(name)) for name in sys.argv[1:3])
+record_reference(small, Path(sys.argv[3]), prefill_tokens=4, decode_steps=2)  # what torch keeps for itself
+before = resident_bytes()
+record_reference(large, Path(sys.argv[3]), prefill_tokens=4, decode_steps=2)
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_the_torch_model_goes_back_to_the_system(llama: Path, tmp_path: Path) -> None:
+    shape = {**TINY, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
+    parameters = synthesise("smollm2-135m", tmp_path / "checkpoint", layers=8, **shape)
+    command = [sys.executable, "-c", RESIDENT, str(llama), str(tmp_path / "checkpoint"), str(tmp_path / "recording")]
+    grown_bytes = int(subprocess.run(command, check=True, capture_output=True, timeout=100).stdout)
+    assert parameters > 20_000_000
+    assert grown_bytes < parameters * 4 / 5
 
 
 def test_shorter_recordings_are_possible(llama: Path, tmp_path: Path) -> None:
