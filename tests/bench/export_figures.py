@@ -22,6 +22,8 @@ from tests.bench.reference_figures import reference_figures
 from tests.bench.shape_figures import SHAPES, Settings, shape_figures
 
 STDOUT = "-"
+BUSY_SHARE = 0.5
+"""Of the cores; a machine with more to do than this is told to be busy."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started_s:5.0f} s] {line}", file=sys.stderr, flush=True)
 
+    if found_machine["load_before"] > BUSY_SHARE * found_machine["cores"]:
+        say(f"the machine is busy (load {found_machine['load_before']}): times will say more about that than about us")
     figures: list[Figure] = []
     for shape in {"all": list(SHAPES), "none": []}.get(arguments.shape, [arguments.shape]):
         figures += shape_figures(shape, settings, say)

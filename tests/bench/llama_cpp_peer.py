@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.bench.cache import cached
 
 PACKAGE = "llama-cpp-python==0.3.36"
-CMAKE_ARGS = "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DMTMD_BUILD=OFF"
+CMAKE_ARGS = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF"
 """With every instruction of this machine: what somebody gets who builds llama.cpp for the board at hand."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -18,6 +19,7 @@ DOCS = ROOT / "docs"
 PAGE = "benchmarks-export.md"
 FIGURES = "benchmarks-export.json"
 _TEMPLATE = Path(__file__).with_name("page_template.md")
+_COLUMNS = 120
 _VERSIONS = ("onnxruntime", "torch", "transformers", "mobius-onnx", "optimum", "optimum-onnx", "gguf", "numpy")
 
 
@@ -30,7 +32,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(memory_gb),
         "instructions": cpu_flags(),
         "python": platform.python_version(),
-        "libraries": {**versions_of(*_VERSIONS), "llama.cpp": PACKAGE},
+        "libraries": {**versions_of(*_VERSIONS), **dict([PACKAGE.split("==")])},
         "load_before": round(os.getloadavg()[0], 1),
     }
 
@@ -43,16 +45,25 @@ def write_page(figures: Sequence[Figure], found_machine: dict[str, Any], docs: P
         found_machine: as `machine` saw it before the run.
         docs: the folder of both.
     """
-    (docs / FIGURES).write_text(as_json(figures, found_machine), "utf-8")
     template = Template(_TEMPLATE.read_text("utf-8"))
     words = {
-        **found_machine,
-        "instructions": ", ".join(found_machine["instructions"]),
-        "libraries": ", ".join(f"{name} {version}" for name, version in found_machine["libraries"].items()),
-        "table": "\n".join(table(figures)),
+        "about": textwrap.fill(_about(found_machine), _COLUMNS, break_on_hyphens=False),
+        "targets": "\n".join(table([figure for figure in figures if figure.target])),
+        "others": "\n".join(table([figure for figure in figures if not figure.target])),
         "notes": _notes(figures),
     }
     (docs / PAGE).write_text(template.substitute(words), "utf-8")
+    (docs / FIGURES).write_text(as_json(figures, found_machine), "utf-8")
+
+
+def _about(found: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
+    instructions = ", ".join(found["instructions"])
+    return (
+        f"One run on {found['cores']} cores of an {found['architecture']} machine ({instructions}), "
+        f"{found['memory_gb']} GB, load {found['load_before']} before it began. Absolute figures are this machine's; "
+        f"ratios are of things that ran side by side. Python {found['python']}; {libraries}."
+    )
 
 
 def as_json(figures: Sequence[Figure], found_machine: dict[str, Any]) -> str:
