@@ -71,7 +71,7 @@ def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], precis
         The graphs in fixed point; ONNX Runtime's CPU provider runs them too, which shows what the numbers alone cost.
 
     Raises:
-        PermanentError: ``export.calibration_empty`` or ``export.calibration_missing``.
+        RefusedError: ``export.calibration_missing`` without texts.
     """
     windows = static.spec.windows or ()
     ranges = observe(load_graph(static.folder / static.spec.decoder), calibration_feeds(static, texts))

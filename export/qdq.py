@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edge_agent.errors import PermanentError
+from edge_agent.errors import PermanentError, RefusedError
 from export.static_graph import BIAS
 
 OPSET = 21
@@ -66,6 +66,9 @@ def observe(model: ModelProto, feeds: Iterable[Feeds], threads: int = 1) -> Rang
 
     Returns:
         (smallest, largest) by tensor name, graph inputs included.
+
+    Raises:
+        RefusedError: ``export.calibration_missing`` without a pass.
     """
     probe = ModelProto()
     probe.CopyFrom(model)
@@ -88,7 +91,7 @@ def observe(model: ModelProto, feeds: Iterable[Feeds], threads: int = 1) -> Rang
             old = ranges.get(name, (low, high))
             ranges[name] = (min(old[0], low), max(old[1], high))
     if not ranges:
-        raise PermanentError("export.calibration_empty", "there is no prompt to calibrate on")
+        raise RefusedError("export.calibration_missing", "there is no text to calibrate the fixed-point graph on")
     return ranges
 
 
@@ -104,7 +107,7 @@ def to_fixed_point(model: ModelProto, ranges: Ranges, how: FixedPoint) -> ModelP
         The same inputs and outputs in fp32, everything between in QDQ pairs.
 
     Raises:
-        PermanentError: ``export.calibration_missing`` when the graph has a tensor that was never observed.
+        PermanentError: ``export.graph_unexpected`` when the graph has a tensor that was never observed.
     """
     return _Conversion(model, _tied(model, _unmasked(model, ranges)), how).convert()
 
@@ -219,7 +222,7 @@ class _Conversion:
 
     def _scale(self, name: str) -> Scale:
         if name not in self._ranges:
-            raise PermanentError("export.calibration_missing", f"no prompt of the calibration reached {name}")
+            raise PermanentError("export.graph_unexpected", f"the graph that was calibrated has no tensor {name}")
         return Scale.covering(*self._ranges[name])
 
     def _dequantize(self, name: str, quantized: str, constants: list[str], target: str, **attributes: Any) -> None:
