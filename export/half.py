@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from edge_agent.errors import PermanentError, RefusedError
 from export.graph import graph_shape
+from export.ragged import QUERY_SEQLENS
 
 LARGEST_HALF = 65_504.0
 HEADROOM = 4.0
@@ -34,7 +35,12 @@ def peak_activations(model: ModelProto, texts: Sequence[Sequence[int]]) -> dict[
 
     Returns:
         Largest magnitude by tensor, keys and values included.
+
+    Raises:
+        RefusedError: ``export.half_unsuitable`` as `to_half`.
+        PermanentError: ``export.graph_unloadable``.
     """
+    _refuse_what_is_the_cpus(model)
     probed = ModelProto()
     probed.CopyFrom(model)
     names = _float_activations(probed)
@@ -93,20 +99,27 @@ def to_half(model: ModelProto) -> None:
             ``export.half_overflow`` for a weight that float16 cannot hold.
     """
     graph = model.graph
-    names = {value.name for value in graph.input}
-    caches = [value for value in [*graph.input, *graph.output] if value.name.startswith(_CACHES)]
-    if "query_seqlens" in names or any(cache.type.tensor_type.elem_type != TensorProto.FLOAT for cache in caches):
-        raise RefusedError("export.half_unsuitable", "float16 graphs have neither int8 caches nor ragged batches")
+    _refuse_what_is_the_cpus(model)
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
             tensor.CopyFrom(_half_tensor(tensor, tensor.name))
     for node in graph.node:
         _halve_attributes(node)
-    for cache in caches:
+    for cache in _caches(model):
         cache.type.tensor_type.elem_type = TensorProto.FLOAT16
     del graph.value_info[:]
     _cast_inputs(model, [value for value in graph.input if _is_float(value)])
     _cast_outputs(model, [value for value in graph.output if _is_float(value)])
+
+
+def _caches(model: ModelProto) -> list[ValueInfoProto]:
+    return [value for value in [*model.graph.input, *model.graph.output] if value.name.startswith(_CACHES)]
+
+
+def _refuse_what_is_the_cpus(model: ModelProto) -> None:
+    ragged = any(value.name == QUERY_SEQLENS for value in model.graph.input)
+    if ragged or not all(map(_is_float, _caches(model))):
+        raise RefusedError("export.half_unsuitable", "float16 graphs have neither int8 caches nor ragged batches")
 
 
 def _float_activations(model: ModelProto) -> list[str]:

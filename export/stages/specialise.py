@@ -72,18 +72,23 @@ def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Pr
         prompts = texts.calibration(speciality.tasks, speciality.labelled, ACTIVATION_TEXTS)
         quantise_kv(model, measure_kv_scales(model, prompts))
         changes["kv_dtype"] = "int8"
-    if speciality.board.activations == "float16":
-        changes["kv_dtype"] = _halve(speciality, model, progress)
     if speciality.options.ragged:
         add_ragged(model)
         changes["ragged"] = True
+    half = speciality.board.activations == "float16"
+    if half:
+        # Before the head is cut off: its scores may overflow as well.
+        _check_range(speciality, model, progress)
+        changes["kv_dtype"] = "float16"
     graphs: dict[Path, ModelProto] = {folder / DECODER: model}
     if speciality.options.head == "split":
         graphs[folder / DECODER], graphs[folder / HEAD] = split_head(model)
         changes["head"] = HEAD
     for graph in graphs.values():
-        # Nothing to widen where activations are float16 themselves.
-        compact_scales(graph)
+        if half:
+            to_half(graph)
+        else:
+            compact_scales(graph)
     files = save_graphs(graphs) if len(graphs) > 1 else save_graph(model, folder / DECODER)
     spec = read_spec(shipped)
     write_spec(folder, ModelSpec.model_validate({**spec.model_dump(), **changes}))
@@ -107,13 +112,11 @@ def _prune(speciality: Speciality, model: ModelProto, folder: Path, progress: Pr
     return {"head_ids": HEAD_IDS}
 
 
-def _halve(speciality: Speciality, model: ModelProto, progress: Progress) -> str:
-    """Float16 activations, where the task's own texts leave room for them."""
+def _check_range(speciality: Speciality, model: ModelProto, progress: Progress) -> None:
+    """Refuse float16 activations where the task's own texts leave no room for them."""
     texts = TaskTexts(speciality.checkpoint).calibration(speciality.tasks, speciality.labelled, ACTIVATION_TEXTS)
     peak = check_headroom(peak_activations(model, texts))
-    to_half(model)
     progress.line(f"float16: the largest activation on {len(texts)} texts is {peak:,.0f} of 65,504")
-    return "float16"
 
 
 def vocabulary_facts(special: Path) -> dict[str, Any] | None:

@@ -106,7 +106,6 @@ def test_folder_that_is_no_bundle_is_never_replaced(make_bundle: Build, tmp_path
     [
         ("qnn-htp", "export.target_not_buildable"),
         ("openvino", "export.target_not_buildable"),
-        ("cuda-jetson", "export.target_not_buildable"),
         ("toaster", "export.target_unknown"),
     ],
 )

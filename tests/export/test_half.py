@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,11 +25,13 @@ from export.int8_kv import measure_kv_scales, quantise_kv
 from export.progress import QuietProgress
 from export.quantize import QuantSettings, quantize_int4
 from export.ragged import add_ragged
+from export.request import GraphOptions, Identity
 from export.source import open_checkpoint
 from export.split_head import split_head
 from export.stages.fuse import fp32_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
 from export.testimony import prove_golden, prove_on_cpu, this_interpreter
+from tests.export.conftest import TASK, Build
 from tests.export.test_parity import TESTED, make_checkpoint
 
 REFERENCE = Path(__file__).resolve().parents[2] / "export/reference/bundle"
@@ -93,6 +95,18 @@ def test_build_without_a_gpu_lets_the_cpu_check_the_graph_and_says_no_more(jetso
         (run,) = gather_evidence(JETSON, jetson_bundle, Elsewhere(), QuietProgress())
         assert (run.provider, run.events, run.same) == ("CPUExecutionProvider", 24, 24)
         assert verification(JETSON, run) == "unverified"
+
+
+@pytest.mark.parametrize("head", ["attached", "split"])
+def test_built_bundle_has_half_caches_and_admits_that_it_never_ran(
+    head: Literal["attached", "split"], make_bundle: Build, tmp_path: Path
+) -> None:
+    # Without golden examples: those of the fixture are answers of a model of noise, which float16 may tip.
+    (tmp_path / "task.yaml").write_text(TASK)
+    identity, options = Identity("tiny", "1.0.0", "cuda-jetson"), GraphOptions(head=head)
+    built = make_bundle(tmp_path / "bundle", identity=identity, tasks=(tmp_path,), graph=options)
+    assert (built.manifest.target, built.manifest.model.kv_dtype) == ("cuda-jetson", "float16")
+    assert built.report["verification"] == "unverified"
 
 
 @pytest.mark.parametrize(("like", "changes"), TESTED)
@@ -180,5 +194,7 @@ def test_what_only_the_cpu_has_is_refused(llama: Path) -> None:
     eight_bits = build_fp32(open_checkpoint(llama), CONTEXT)
     quantise_kv(eight_bits, measure_kv_scales(eight_bits, [IDS]))
     for model in (ragged, eight_bits):
+        with pytest.raises(EdgeError, match=r"^export\.half_unsuitable"):
+            peak_activations(model, [IDS])
         with pytest.raises(EdgeError, match=r"^export\.half_unsuitable"):
             to_half(model)
