@@ -14,9 +14,10 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from export.evaluate import Quality, evaluate, read_labelled
 from export.greedy import GreedyDecoder
 from export.measure import DEADLINE_S, THREADS, bundle_backend
 from export.progress import LineProgress
-from export.quantize import BLOCK_SIZES, METHODS, QuantSettings
+from export.quantize import BLOCK_SIZES, CALIBRATED_METHODS, METHODS, QuantSettings
 from export.reference.generator import generate
 from export.request import BuildRequest, Identity, Measurement, Precision, read_quality
 from export.signing import load_signing_key
@@ -53,6 +54,7 @@ IDENTITY = Identity(name="triage-reference", version="1.0.0", target="cpu-x86_64
 QUANTISATION = QuantSettings("rtn", 32)
 CALIBRATION_EVENTS = 1000
 CALIBRATION_SEED = 7
+GPTQ_EVENTS = 128
 GOLDEN_COUNT = 24
 GOLDEN_CONFIDENCE = 0.9
 """Every field of a golden example is at least this sure: other kernels' rounding must not turn the answer."""
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.reference.bundle_build", description=__doc__)
     parser.add_argument("--measure", action="store_true", help="choose golden examples, calibrate and measure anew")
     parser.add_argument("--compare", action="store_true", help="print accuracy and size of every method, build nothing")
+    parser.add_argument("--only", nargs="*", default=(), metavar="PRECISION", help="rows of --compare, such as fp32")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="DIR", help="with --compare only")
     parser.add_argument(
         "--sign-key", type=Path, metavar="FILE", help="private half of edge_agent/keys/reference.pub.pem"
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.compare:
-            _compare(arguments.checkpoint)
+            _compare(arguments.checkpoint, arguments.only)
             return 0
         if arguments.measure:
             _measure()
@@ -202,29 +205,46 @@ def built(request: BuildRequest) -> Iterator[Path]:
         yield Path(folder) / "bundle"
 
 
-def _compare(checkpoint: Path) -> None:
-    """Print accuracy on the held-out events and size, every method and block size."""
+def _compare(checkpoint: Path, wanted: Sequence[str]) -> None:
+    """Print accuracy on the held-out events and size: every method, block size and symmetry."""
     task = load_task(TASK_FOLDER / TASK_NAME)
     rows = read_labelled(HELDOUT, task)
     fields = [field.name for field in task.output_fields]
     _say(f"| precision | bundle bytes | {' | '.join(fields)} | every field |")
     _say("|---|---|" + "---|" * (len(fields) + 1))
-    wanted: list[tuple[Precision, QuantSettings]] = [("fp32", QUANTISATION)]
-    wanted += [("int4", QuantSettings(method, block)) for method in METHODS for block in BLOCK_SIZES]
     with tempfile.TemporaryDirectory() as folder:
         # Without golden examples: a method that fails one is compared all the same.
         (Path(folder) / TASK_NAME).write_bytes((TASK_FOLDER / TASK_NAME).read_bytes())
-        for precision, quantisation in wanted:
+        texts = Path(folder) / "calibration.jsonl"
+        events = islice(generate("validation", CALIBRATION_SEED), GPTQ_EVENTS)
+        texts.write_text(
+            "".join(json.dumps({"event": e.event, "decision": e.decision}) + "\n" for e in events), "utf-8"
+        )
+        for precision, quantisation in _precisions():
+            label = quantisation.label if precision == "int4" else precision
+            if wanted and label not in wanted:
+                continue
             request = reference_request(precision, quantisation, (Path(folder),), {}, checkpoint)
+            if precision == "int4" and quantisation.needs_texts:
+                request = replace(request, measurement=Measurement(calibrate_on={task.name: texts}))
             try:
                 with built(request) as bundle:
                     manifest, _ = read_manifest(bundle)
                     found = quality_of(bundle, task, rows)
             except EdgeError as error:
-                _say(f"| {precision}-{quantisation.method}-{quantisation.block_size} | not possible: {error.detail} |")
+                _say(f"| {label} | not possible: {error.detail} |")
                 continue
             cells = " | ".join(f"{found.accuracy[name]:.1%}" for name in fields)
             _say(f"| {manifest.model.precision} | {manifest.size_bytes:,} | {cells} | {found.exact:.1%} |")
+
+
+def _precisions() -> Iterator[tuple[Precision, QuantSettings]]:
+    yield "fp32", QUANTISATION
+    for method, block_size in product((*METHODS, *CALIBRATED_METHODS), BLOCK_SIZES):
+        yield "int4", QuantSettings(method, block_size)
+        if method != "hqq":
+            usual = QuantSettings(method).is_symmetric
+            yield "int4", QuantSettings(method, block_size, symmetric=not usual)
 
 
 def _say(line: str) -> None:
