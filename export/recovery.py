@@ -41,6 +41,7 @@ HELD_BACK_SHARE, HELD_BACK_MOST = 0.1, 256
 
 _REHEARSED_STEPS = 4
 _SAY_EVERY_S = 15.0
+_MOST_OF_TIME_SAVING = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Training:
         int4_from: from this share of the steps on the forward pass sees INT4 weights; above 1 never.
         seed: of the order of lessons (and of a student's random weights).
         threads: torch's threads. Their number is part of the result: sums are formed in another order.
-        save_s: seconds between states on disk.
+        save_s: seconds between states on disk, more where saving is slow.
     """
 
     minutes: float | None = 10.0
@@ -179,13 +180,15 @@ class _Course:
         self._student.train()
         started_s = said_s = saved_s = time.monotonic()
         window: list[float] = []
+        pause_s = self._training.save_s
         while self._step < self._steps:
             window.append(self._update(self._batch(self._step)))
             self._step += 1
             now_s = time.monotonic()
-            if now_s - saved_s >= self._training.save_s:
+            if now_s - saved_s >= pause_s:
                 self._save()
-                saved_s = now_s
+                saved_s = time.monotonic()
+                pause_s = max(self._training.save_s, (saved_s - now_s) / _MOST_OF_TIME_SAVING)
             if now_s - said_s >= _SAY_EVERY_S or self._step == self._steps:
                 minutes = (now_s - started_s) / 60
                 mean = sum(window) / len(window)

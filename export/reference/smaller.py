@@ -44,6 +44,8 @@ STEP_TOKENS = 1152
 PRUNED_RATE, DISTILLED_RATE = 1e-3, 1.5e-3
 WIDTH_192 = {"hidden_size": 192, "intermediate_size": 512}
 RESULTS_NAME = "smaller.json"
+PAGE = Path(__file__).parents[2] / "docs" / "smaller-models.md"
+TABLE_BEGINS, TABLE_ENDS = "<!-- table of export.reference.smaller -->", "<!-- end -->"
 
 Make = Callable[["Bench", Path], None]
 
@@ -104,6 +106,7 @@ class Measured:
         layers: of the network.
         parameters: stored weights.
         steps: of training; 0 for none.
+        distance_nats: from the whole model on training events held back, before and after training; None without.
         bundle_bytes: INT4 bundle, tokenizer included.
         accuracy: by field, 0..1.
         exact: share of events with every field right.
@@ -115,6 +118,7 @@ class Measured:
     layers: int
     parameters: int
     steps: int
+    distance_nats: tuple[float, float] | None
     bundle_bytes: int
     accuracy: dict[str, float]
     exact: float
@@ -170,11 +174,13 @@ def _measured(
     name: str, folder: Path, bundle: Path, task: TaskSpec, rows: Sequence[GoldenExample], speeds: list[float]
 ) -> Measured:
     checkpoint, quality = open_checkpoint(folder), quality_of(bundle, task, list(rows))
+    training = _training_of(folder)
     return Measured(
         name=name,
         layers=int(checkpoint.config["num_hidden_layers"]),
         parameters=checkpoint.parameters,
-        steps=_steps_of(folder),
+        steps=int(training["steps"]) if training else 0,
+        distance_nats=(training["before"]["kl_nats"], training["after"]["kl_nats"]) if training else None,
         bundle_bytes=read_manifest(bundle)[0].size_bytes,
         accuracy=quality.accuracy,
         exact=quality.exact,
@@ -203,14 +209,16 @@ def decisions_per_s(bundles: dict[str, Path], task: TaskSpec, rows: Sequence[Gol
 def as_table(measured: Sequence[Measured]) -> str:
     """Markdown, one line a variant."""
     fields = list(measured[0].accuracy)
-    head = ["variant", "layers", "parameters", "steps", "INT4 bundle", "decisions/s (spread)", *fields, "every field"]
+    head = ["variant", "layers", "parameters", "steps", "nats from the whole", "INT4 bundle", "decisions/s (spread)"]
+    head += [*fields, "every field"]
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
     for row in measured:
-        cells = [row.name, str(row.layers), f"{row.parameters:,}", str(row.steps), f"{row.bundle_bytes:,}"]
+        distance = "" if row.distance_nats is None else "{:.3f} → {:.3f}".format(*row.distance_nats)
+        cells = [row.name, str(row.layers), f"{row.parameters:,}", str(row.steps), distance, f"{row.bundle_bytes:,}"]
         cells.append(f"{row.decisions_per_s:.0f} ({row.spread[0]:.0f}-{row.spread[1]:.0f})")
         cells += [f"{row.accuracy[name]:.1%}" for name in fields]
         lines.append(" | ".join([*cells, f"{row.exact:.1%}"]))
-    return "".join(f"| {line} |\n" for line in lines)
+    return "".join(f"|{line}|\n" if line.startswith("---") else f"| {line} |\n" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=Training.threads)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="default: all")
     parser.add_argument("--no-table", action="store_true", help="make the checkpoints, measure nothing")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/smaller-models.md")
     arguments = parser.parse_args(argv)
     try:
         bench = _bench(arguments)
@@ -233,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
             content = json.dumps([row.__dict__ for row in measured], indent=2) + "\n"
             write_atomic(arguments.work / RESULTS_NAME, content.encode(), mode=0o644)
             sys.stdout.write(as_table(measured))
+            if arguments.write:
+                _write_into(PAGE, as_table(measured))
     except EdgeError as error:
         _log(str(error))
         return 1
@@ -263,11 +274,27 @@ def _state(out: Path) -> Path:
     return out.parent / f"{out.name}.training"
 
 
-def _steps_of(folder: Path) -> int:
+def _training_of(folder: Path) -> dict[str, Any] | None:
+    """What the checkpoint's provenance says of its training, if it had any."""
     from export.smaller_checkpoint import read_provenance
 
-    done: list[Any] = [facts.get("recovery") or facts.get("training") for facts in read_provenance(folder).values()]
-    return sum(int(training["steps"]) for training in done if training)
+    for facts in read_provenance(folder).values():
+        found: dict[str, Any] | None = facts.get("recovery") or facts.get("training")
+        return found
+    return None
+
+
+def _write_into(page: Path, table: str) -> None:
+    """Put a table between the page's marks.
+
+    Raises:
+        RefusedError: ``export.usage`` for a page without them.
+    """
+    before, begin, rest = page.read_text("utf-8").partition(TABLE_BEGINS)
+    _, end, after = rest.partition(TABLE_ENDS)
+    if not (begin and end):
+        raise RefusedError("export.usage", f"{page.name} has no place for the table")
+    write_atomic(page, f"{before}{begin}\n{table}{end}{after}".encode(), mode=0o644)
 
 
 def _log(line: str) -> None:
