@@ -136,9 +136,15 @@ def _unmasked(model: ModelProto, ranges: Ranges) -> Ranges:
     for node in model.graph.node:
         if BIAS in node.input:
             scores = next(name for name in node.input if name != BIAS)
-            low, high = narrowed[scores]
+            low, high = _observed(narrowed, scores)
             narrowed[node.output[0]] = (low - HIDDEN_BELOW, high)
-    return {**narrowed, BIAS: ranges[BIAS]}
+    return {**narrowed, BIAS: _observed(ranges, BIAS)}
+
+
+def _observed(ranges: Ranges, name: str) -> tuple[float, float]:
+    if name not in ranges:
+        raise PermanentError("export.graph_unexpected", f"the graph that was calibrated has no tensor {name}")
+    return ranges[name]
 
 
 def _tied(model: ModelProto, ranges: Ranges) -> Ranges:
@@ -212,18 +218,13 @@ class _Conversion:
 
     def _pair(self, name: str, source: str, target: str) -> None:
         """Quantise ``source`` and back, under the range of the tensor ``name``."""
-        scale = self._scale(name)
+        scale = Scale.covering(*_observed(self._ranges, name))
         constants = [self._constant(f"{name}.scale", np.float32(scale.scale))]
         constants.append(self._constant(f"{name}.zero_point", np.uint16(scale.zero_point)))
         self._nodes.append(
             helper.make_node("QuantizeLinear", [source, *constants], [f"{name}.quantized"], name=f"{name}.quantize")
         )
         self._dequantize(name, f"{name}.quantized", constants, target)
-
-    def _scale(self, name: str) -> Scale:
-        if name not in self._ranges:
-            raise PermanentError("export.graph_unexpected", f"the graph that was calibrated has no tensor {name}")
-        return Scale.covering(*self._ranges[name])
 
     def _dequantize(self, name: str, quantized: str, constants: list[str], target: str, **attributes: Any) -> None:
         self._nodes.append(
