@@ -69,7 +69,7 @@ def distil(
         The provenance, which is also ``distillation.json`` of the student.
 
     Raises:
-        EdgeError: ``export.*``, ``event.*`` or ``disk.*``; nothing is left at ``out``.
+        EdgeError: ``export.*`` or ``disk.*``; nothing is left at ``out``.
     """
     checkpoint = open_checkpoint(source)
     config = student_config(wanted.into, checkpoint)

@@ -69,7 +69,7 @@ def drop_layers(
         The provenance, which is also ``pruning.json`` of the new checkpoint.
 
     Raises:
-        EdgeError: ``export.*``, ``event.*`` or ``disk.*``; nothing is left at ``out``.
+        EdgeError: ``export.*`` or ``disk.*``; nothing is left at ``out``.
     """
     checkpoint = open_checkpoint(source)
     check_drop(int(checkpoint.config["num_hidden_layers"]), pruning.drop)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edge_agent.contract.event import Event
-from edge_agent.errors import RefusedError
+from edge_agent.errors import EdgeError, PermanentError, RefusedError
 from edge_agent.runtime.grammar import Branch, ClosedField, Done
 from export.lessons import Batch, Lesson, LessonWriter, Row
 from export.smaller_checkpoint import Model
@@ -124,9 +124,14 @@ def write_lessons(rows: Sequence[Row], writer: LessonWriter, model: Model) -> li
     """Lessons of all rows; the model answers those that have no decision.
 
     Raises:
-        PermanentError: ``export.data_invalid`` for an event that the task cannot encode.
+        PermanentError: ``export.data_invalid`` for an event that the task cannot read.
         RefusedError: ``export.unlabelled_open`` where the task has a field that only a person can answer for.
     """
+    for number, row in enumerate(rows, start=1):
+        try:
+            writer.prompt(row.event)
+        except EdgeError as error:
+            raise PermanentError("export.data_invalid", f"event {number}: {error}") from error
     unlabelled = [row.event for row in rows if row.decision is None]
     if unlabelled and not all(isinstance(field, ClosedField) for field in writer.plan.fields):
         raise RefusedError(

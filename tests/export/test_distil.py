@@ -234,8 +234,9 @@ def test_an_event_that_the_task_cannot_read_is_refused_before_any_training(
     llama: Path, tmp_path: Path, task: TaskSpec
 ) -> None:
     with pytest.raises(EdgeError) as caught:
-        learn(llama, tmp_path / "out", task, "half-width", [Row({"colour": "red"}, None)])
-    assert caught.value.code == "event.no_known_field"
+        learn(llama, tmp_path / "out", task, "half-width", [*ROWS, Row({"colour": "red"}, None)])
+    assert caught.value.code == "export.data_invalid"
+    assert caught.value.detail.startswith("event 5: event.no_known_field")
 
 
 def run(*arguments: str) -> int:
