@@ -23,15 +23,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from edge_agent.contract.manifest import Manifest, ModelSpec
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.providers import CACHE_DEVICES, DYNAMIC, PROVIDERS, check_loaded, use_provider
 
 MAX_DEFAULT_THREADS = 4
-_PROVIDERS = {
-    "cpu-arm64": "CPUExecutionProvider",
-    "cpu-x86_64": "CPUExecutionProvider",
-    "cuda-jetson": "CUDAExecutionProvider",
-}
-_CACHE_DEVICES = {"CUDAExecutionProvider": "cuda"}
-"""Where a provider's caches lie, if not in ordinary memory."""
 _KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 _LIBRARY_ERRORS = tuple(
     getattr(ort_errors, name)
@@ -87,10 +81,6 @@ class ModelSession:
     def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
         self.spec: ModelSpec = manifest.model
         _check_runtime(manifest)
-        provider = _PROVIDERS.get(manifest.target)
-        if provider is None or provider not in ort.get_available_providers():
-            available = ", ".join(ort.get_available_providers())
-            raise PermanentError("bundle.unsupported", f"no provider for target {manifest.target}; here: {available}")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -99,9 +89,13 @@ class ModelSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Memory patterns are kept per input shape, and every event has another length.
         options.enable_mem_pattern = False
-        self._decoder = _load(bundle / self.spec.decoder, options, provider)
-        self._head = _load(bundle / self.spec.head, options, provider) if self.spec.head else None
+        if PROVIDERS[manifest.target] not in DYNAMIC:
+            raise PermanentError("bundle.unsupported", f"target {manifest.target} takes graph interface 2 only")
+        wanted = use_provider(manifest.target, options)
+        self._decoder = _load(bundle / self.spec.decoder, wanted)
+        self._head = _load(bundle / self.spec.head, wanted) if self.spec.head else None
         self.providers: tuple[str, ...] = tuple(self._decoder.get_providers())
+        check_loaded(manifest.target, self.providers)
         head_ids = bundle / self.spec.head_ids if self.spec.head_ids else None
         self._rows = len(read_head_rows(self.spec.vocab_size, head_ids))
         _check_interface(self._decoder, self._head, self.spec, self._rows)
@@ -158,7 +152,7 @@ class KvCache:
         shape = (1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
             # Zeros, not empty: pages are touched now, so that memory which is missing is missed at load.
-            device = _CACHE_DEVICES.get(session.get_providers()[0], "cpu")
+            device = CACHE_DEVICES.get(session.get_providers()[0], "cpu")
             self._buffers = [_on_device(np.zeros(shape, dtype), device) for _ in range(2 * spec.num_layers)]
             self._ids = np.zeros((1, capacity_tokens), np.int64)
             self._mask = np.ones((1, capacity_tokens), np.int64)
@@ -240,8 +234,8 @@ def _on_device(zeros: NDArray[Any], device: str) -> Any:
     return _mapped("allocating a cache", lambda: ort.OrtValue.ortvalue_from_numpy(zeros, device, 0))
 
 
-def _load(path: Path, options: Any, provider: str) -> Any:
-    return _mapped("loading the model", lambda: ort.InferenceSession(str(path), options, providers=[provider]))
+def _load(path: Path, wanted: dict[str, Any]) -> Any:
+    return _mapped("loading the model", lambda: ort.InferenceSession(str(path), **wanted))
 
 
 def _mapped(doing: str, call: Callable[[], Any]) -> Any:
