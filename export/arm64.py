@@ -1,6 +1,6 @@
 """Runs bundles on an emulated 64-bit Arm: the official aarch64 wheels under QEMU, in a root of `.ci/arm64_root.sh`.
 
-Right for what is decided, meaningless for how fast: an emulated board is some hundred times slower than the board.
+Right for what is decided, meaningless for how fast: emulation takes hundreds of times longer than this machine does.
 """
 
 from __future__ import annotations

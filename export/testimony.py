@@ -22,7 +22,7 @@ from export import witness
 from export.evidence import Evidence
 
 DEADLINE_S = 120.0
-"""For one event: an emulated board is a hundred times slower than the board."""
+"""For one event: emulation takes hundreds of times longer than this machine does."""
 TIMEOUT_S = 1800.0
 GOLDEN_NAME = "golden.jsonl"
 
