@@ -6,7 +6,10 @@ then the file can keep 16 bits of them while the arithmetic stays float32, 4.5 b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 
 SCALE_ERROR = 2.0**-10
 """Largest accepted error of a stored scale: at most 8 x this, 1/128 of a step, where rounding itself errs by 1/2."""
+_THREADS = os.cpu_count() or 1
 _WEIGHTS_AT_ONCE = 1 << 18
 """A chunk and what is computed of it stay in a core's cache."""
 
@@ -177,9 +181,12 @@ def round_to_grid(weight: torch.Tensor, rule: GridRule, bits: int, block_size: i
     """
     rows, columns = weight.shape
     step = max(1, _WEIGHTS_AT_ONCE // columns)
-    parts = [
-        _round_rows(weight[at : at + step], rule, bits, block_size, symmetric=symmetric) for at in range(0, rows, step)
-    ]
+
+    def part(at: int) -> BlockWeights:
+        return _round_rows(weight[at : at + step], rule, bits, block_size, symmetric=symmetric)
+
+    with _one_core_each(), ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(part, range(0, rows, step)))
     zeros = None
     if parts[0].zero_points is not None:
         # One dtype for all: a chunk whose float zeros happen to be whole must not turn the others into codes.
@@ -188,6 +195,17 @@ def round_to_grid(weight: torch.Tensor, rule: GridRule, bits: int, block_size: i
     packed = np.concatenate([part.packed for part in parts])
     scales = np.concatenate([part.scales for part in parts])
     return BlockWeights(packed, scales, zeros, bits, block_size, columns)
+
+
+@contextlib.contextmanager
+def _one_core_each() -> Iterator[None]:
+    """Chunks side by side, none of them divided further: torch's threads would wait for each other at every step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _round_rows(weight: torch.Tensor, rule: GridRule, bits: int, block_size: int, *, symmetric: bool) -> BlockWeights:
