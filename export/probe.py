@@ -70,12 +70,10 @@ class Probe:
         """Empty caches."""
         return dict(self._start)
 
-    def prefill(
-        self, ids: Sequence[int], past: Mapping[str, Floats], exchanged: Mapping[str, Floats] | None = None
-    ) -> dict[str, Floats]:
+    def prefill(self, ids: Sequence[int], past: Mapping[str, Floats]) -> dict[str, Floats]:
         """Caches after ``ids``; nothing is scored."""
         names = [name.replace("past_key_values", "present") for name in past]
-        outputs = self._session.run(names, self._feeds(ids, past, [len(ids) - 1]) | dict(exchanged or {}))
+        outputs = self._session.run(names, self._feeds(ids, past, [len(ids) - 1]))
         return dict(zip(past, outputs, strict=True))
 
     def run(

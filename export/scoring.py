@@ -24,32 +24,36 @@ class Scorer:
 
     Args:
         reference: the fp32 graph.
-        texts: prompts with their answers; as many of the first as `MAX_POSITIONS` allows.
+        texts: prompts with their answers; as many of the first as ``positions`` allows.
         purpose: who asks, for the refusal.
+        positions: scored positions.
 
     Raises:
         RefusedError: ``export.calibration_missing``.
     """
 
-    def __init__(self, reference: Probe, texts: Sequence[Text], purpose: str) -> None:
-        self._texts = _within(texts, MAX_POSITIONS)
+    def __init__(self, reference: Probe, texts: Sequence[Text], purpose: str, positions: int = MAX_POSITIONS) -> None:
+        self._texts = _within(texts, positions)
         require_texts(self._texts, purpose)
         self._prefix = common_prefix([prompt for prompt, _ in self._texts])
-        self._expected = list(self._predictions(reference))
+        self._past = self._prefilled(reference)
+        self._expected = self._predictions(reference, self._past)
 
     def agreement(self, graph: Probe, exchanged: Mapping[str, Floats] | None = None) -> Agreement:
         """Score a graph.
 
         Args:
             graph: the same architecture and vocabulary.
-            exchanged: weights to take in place of its own.
+            exchanged: weights to take in place of its own; then the graph must be the reference, and the caches of what
+                all texts begin with are the reference's, too: they would cost as much as all the rest.
 
         Returns:
             The figures.
         """
         positions = same = tokens = 0
         divergence = surprise = expected_surprise = 0.0
-        found = self._predictions(graph, exchanged)
+        past = self._past if exchanged else self._prefilled(graph)
+        found = self._predictions(graph, past, exchanged)
         for (_, answer), left, right in zip(self._texts, self._expected, found, strict=True):
             positions += len(left)
             same += int((left.argmax(-1) == right.argmax(-1)).sum())
@@ -67,9 +71,13 @@ class Scorer:
             perplexity=math.exp(surprise / max(1, tokens)),
         )
 
-    def _predictions(self, graph: Probe, exchanged: Mapping[str, Floats] | None = None) -> Sequence[Floats]:
+    def _prefilled(self, graph: Probe) -> dict[str, Floats]:
+        return graph.prefill(self._prefix, graph.start()) if self._prefix else graph.start()
+
+    def _predictions(
+        self, graph: Probe, past: Mapping[str, Floats], exchanged: Mapping[str, Floats] | None = None
+    ) -> list[Floats]:
         """Log-probabilities after the prompt and after each token of the answer: [answer + 1, vocab] a text."""
-        past = graph.prefill(self._prefix, graph.start(), exchanged) if self._prefix else graph.start()
         found = []
         for prompt, answer in self._texts:
             ids = [*prompt[len(self._prefix) :], *answer]

@@ -21,6 +21,8 @@ from export.quantize import QuantSettings, quantise_matrix
 from export.scoring import Scorer
 
 Log = Callable[[str], None]
+POSITIONS = 128
+"""Scored positions: a hundred groups are to be ranked, not measured to the last digit."""
 _EXTRA_BYTES_A_WEIGHT = 0.5
 
 
@@ -68,7 +70,7 @@ def measure_sensitivity(
         RefusedError: ``export.calibration_missing``.
     """
     probe = Probe(model)
-    scorer = Scorer(probe, texts, "a sensitivity")
+    scorer = Scorer(probe, texts, "a sensitivity", POSITIONS)
     found = []
     for group in _groups(stored_matrices(model)):
         agreement = scorer.agreement(probe, {m.weight: _rounded(model, m, settings) for m in group})

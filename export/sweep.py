@@ -20,7 +20,7 @@ from export.graph import load_graph, save_graph
 from export.matrices import stored_matrices
 from export.parity import Agreement
 from export.probe import THREADS, Probe, Text
-from export.quantize import BLOCK_SIZES, QuantSettings, quantize_int4
+from export.quantize import BLOCK_SIZES, Method, QuantSettings, quantize_int4
 from export.scoring import Scorer
 from export.sensitivity import Sensitivity, choose_int8, measure_sensitivity
 
@@ -70,7 +70,7 @@ class SweepRow:
         int8_nodes: MatMuls with eight bits, to repeat the build.
     """
 
-    method: str
+    method: Method
     block_size: int
     symmetric: bool
     int8_share: float
@@ -85,6 +85,11 @@ class SweepRow:
     on_front: bool = False
     knee: bool = False
     int8_nodes: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> QuantSettings:
+        """What builds this row's graph again."""
+        return QuantSettings(self.method, self.block_size, self.symmetric, self.int8_nodes)
 
 
 @dataclass(frozen=True)
