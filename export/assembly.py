@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from export.source import TOKENIZER_NAME, Checkpoint
 from export.stages.layout import MODEL_DIR, read_spec
 from export.tasks import TaskFolder
 
-MINIMUM_RUNTIME = {"onnxruntime": "1.32.0"}
 RUNTIME_BASE_BYTES = 120 << 20
 
 Place = Callable[[Path, Path], None]
@@ -33,18 +32,22 @@ class Parts:
         checkpoint: where the weights came from.
         tasks: the tasks.
         model: folder with ``model/…`` and ``spec.json``.
-        texts: small files made by the build, by path inside the bundle: calibration, report card.
+        minimum_onnxruntime: oldest version that runs the graphs.
         quality: figures for the manifest.
+        findings: what stages found out, for the report card.
         lineage: how the checkpoint came from a larger one, step by step; usually empty.
+        texts: small files made by the build, by path inside the bundle: calibration, report card.
     """
 
     identity: Identity
     checkpoint: Checkpoint
     tasks: tuple[TaskFolder, ...]
     model: Path
-    texts: Mapping[str, bytes]
     quality: Mapping[str, Any]
+    minimum_onnxruntime: str = "1.32.0"
+    findings: Mapping[str, Any] = field(default_factory=dict)
     lineage: tuple[Mapping[str, Any], ...] = ()
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
@@ -97,7 +100,7 @@ def _manifest(parts: Parts, spec: ModelSpec, folder: Path) -> Manifest:
                 "model": spec,
                 "tasks": tuple(task.spec.name for task in parts.tasks),
                 "files": files,
-                "minimum_runtime": MINIMUM_RUNTIME,
+                "minimum_runtime": {"onnxruntime": parts.minimum_onnxruntime},
                 "resources": Resources(disk_bytes=disk_bytes, ram_bytes=ram_bytes(spec, disk_bytes)),
                 "quality": parts.quality,
                 "provenance": {

@@ -58,6 +58,7 @@ class Board(_Frozen):
         socs: chips that binaries are compiled for.
         proof: how a build proves its bundle.
         agreement_floor: least share of golden events that must be decided as they must be.
+        minimum_onnxruntime: oldest version of ONNX Runtime that runs its graphs.
         memory_budget_bytes: what the smallest such machine can spare.
         buildable: whether `edge-export build` takes the target.
         verification: the strongest word that our own suite has earned for the target. A bundle's report carries the
@@ -80,6 +81,7 @@ class Board(_Frozen):
     socs: tuple[Soc, ...] = ()
     proof: Proof
     agreement_floor: float = Field(gt=0.9, le=1)
+    minimum_onnxruntime: str = Field(default="1.32.0", pattern=r"^\d+\.\d+\.\d+$")
     memory_budget_bytes: int = Field(gt=0)
     buildable: bool
     verification: Verification

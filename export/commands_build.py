@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from edge_agent.errors import RefusedError
+from export.boards import Precision, buildable_board
 
 EXAMPLES = """examples:
   edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle
@@ -29,6 +30,7 @@ def add_build(commands: Any) -> None:
     )
     build.add_argument("checkpoint", type=Path, help="folder with config.json, *.safetensors and tokenizer.json")
     build.add_argument("--target", required=True, help="see `edge-export targets`")
+    build.add_argument("--soc", metavar="CHIP", help="the chip to compile for; default: the target's first")
     build.add_argument("--task", required=True, type=Path, nargs="+", action="extend", metavar="DIR")
     build.add_argument("--out", required=True, type=Path, metavar="DIR")
     build.add_argument("--name", help="default: the checkpoint folder's name")
@@ -49,10 +51,14 @@ def add_build(commands: Any) -> None:
 def _add_weights(group: Any) -> None:
     group.add_argument("--allow-large", action="store_true", help="more than 1,000,000,000 parameters")
     group.add_argument("--trust", action="store_true", help="read pickled weights (as tensors; no code is run)")
-    group.add_argument("--precision", choices=("int4", "fp32"), default="int4")
+    group.add_argument("--precision", choices=get_args(Precision), help="default: the target's first")
     group.add_argument("--method", choices=("rtn", "k_quant", "hqq", "gptq"), default="k_quant")
     group.add_argument("--block-size", type=int, choices=(32, 64, 128), default=32)
     group.add_argument("--symmetric", action=argparse.BooleanOptionalAction, help="default: as usual for the method")
+    finer = "share (0..1) of the weights that may keep 8 bits, where four hurt most on the task"
+    group.add_argument("--int8-share", type=float, default=0.0, metavar="S", help=finer)
+    tried = "try methods, block sizes and 8-bit layers for so long, and take the knee"
+    group.add_argument("--sweep", type=float, metavar="SECONDS", help=tried)
 
 
 def _add_shrinking(group: Any) -> None:
@@ -66,15 +72,13 @@ def _add_shrinking(group: Any) -> None:
 
 
 def _add_graph(group: Any) -> None:
-    group.add_argument(
-        "--vocab-from", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="prune the head to the "
-        "tokens of these texts (UTF-8 or .jsonl), every byte and what the tasks answer with"
-    )  # fmt: skip
+    files: Any = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
+    kept = "prune the head to the tokens of these texts (UTF-8 or .jsonl), every byte and what the tasks answer with"
+    group.add_argument("--vocab-from", help=kept, **files)
     group.add_argument("--vocab-rows", type=int, default=8192, metavar="N", help="tokens that a pruned head keeps")
-    group.add_argument(
-        "--vocab-heldout", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="measure on these "
-        "texts what the pruned head can write"
-    )  # fmt: skip
+    coarse = "how the table stores the other tokens' rows: int2 is half as large, and coarse"
+    group.add_argument("--rare-rows", choices=("int4", "int2"), default="int4", help=coarse)
+    group.add_argument("--vocab-heldout", help="measure on these texts what the pruned head can write", **files)
     group.add_argument("--kv", choices=("float32", "int8"), default="float32", help="element type of the caches")
     group.add_argument("--head", choices=("attached", "split"), default="attached", help="split: a graph of its own")
     group.add_argument("--ragged", action="store_true", help="let batches continue by different numbers of tokens")
@@ -106,14 +110,18 @@ def run_build(arguments: argparse.Namespace) -> int:
             version=arguments.version,
             target=arguments.target,
         ),
-        precision=arguments.precision,
+        precision=arguments.precision or buildable_board(arguments.target).precisions[0],
         quantisation=_quantisation(arguments),
+        int8_share=arguments.int8_share,
+        sweep_s=arguments.sweep,
+        soc=arguments.soc,
         allow_large=arguments.allow_large,
         trust=arguments.trust,
         shrinking=_shrinking(arguments),
         graph=GraphOptions(
             vocabulary=tuple(arguments.vocab_from),
             vocab_rows=arguments.vocab_rows,
+            rare_rows=arguments.rare_rows,
             vocab_heldout=tuple(arguments.vocab_heldout),
             kv=arguments.kv,
             head=arguments.head,

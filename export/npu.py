@@ -14,7 +14,7 @@ from export.qdq import Feeds, FixedPoint, observe, to_fixed_point
 from export.qnn import compile_graph
 from export.stages.layout import MODEL_DIR
 
-PRECISIONS = {"a16w8": FixedPoint(weight_bits=8), "a16w4": FixedPoint(weight_bits=4, block_size=32)}
+PRECISIONS = {how.precision: how for how in (FixedPoint(weight_bits=8), FixedPoint(weight_bits=4, block_size=32))}
 """Activations in 16 bits, weights in 8 or 4; a whole channel of 4-bit weights under one scale loses too much."""
 
 Log = Callable[[str], None]
@@ -55,7 +55,7 @@ def calibration_feeds(static: StaticModel, texts: Sequence[Sequence[int]], threa
             cache.append(piece)
 
 
-def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], precision: str, folder: Path) -> StaticModel:
+def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], how: FixedPoint, folder: Path) -> StaticModel:
     """Put static graphs into fixed point.
 
     The widest window is observed, and all windows take its ranges: they hold the same tensors, and what one writes into
@@ -64,7 +64,7 @@ def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], precis
     Args:
         static: the fp32 graphs.
         texts: token ids of whole texts to calibrate on.
-        precision: one of `PRECISIONS`.
+        how: the weights; `PRECISIONS` has what targets offer.
         folder: receives the graphs.
 
     Returns:
@@ -76,9 +76,9 @@ def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], precis
     windows = static.spec.windows or ()
     ranges = observe(load_graph(static.folder / static.spec.decoder), calibration_feeds(static, texts))
     for window in windows:
-        model = to_fixed_point(load_graph(static.folder / window.graph), ranges, PRECISIONS[precision])
+        model = to_fixed_point(load_graph(static.folder / window.graph), ranges, how)
         save_graph(model, folder / window.graph)
-    return StaticModel(folder, static.spec.model_copy(update={"precision": precision}))
+    return StaticModel(folder, static.spec.model_copy(update={"precision": how.precision}))
 
 
 def compile_windows(fixed: StaticModel, soc: Soc, folder: Path, log: Log) -> StaticModel:

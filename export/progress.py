@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from export.pipeline import Progress, StageTiming
 
-STAGES = ("source", "shrink", "reference", "fuse", "quantise", "specialise", "prove", "package")
+STAGES = ("source", "shrink", "reference", "fuse", "sweep", "quantise", "portable", "specialise", "prove", "package")
 """In order; a build may leave some out."""
 
 

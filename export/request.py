@@ -13,12 +13,12 @@ from edge_agent.contract.manifest import Name
 from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import sha256_file
+from export.boards import Precision
 from export.evaluate import read_labelled
 from export.quantize import QuantSettings
 from export.stages.witnesses import Elsewhere
 from export.tasks import TaskFolder
 
-Precision = Literal["int4", "fp32"]
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
@@ -73,6 +73,7 @@ class GraphOptions:
     Args:
         vocabulary: the domain's texts, of which the head keeps the tokens; empty: the head keeps all.
         vocab_rows: tokens that a pruned head keeps.
+        rare_rows: how the table's rows of all other tokens are stored; ``int2`` is coarse and small.
         vocab_heldout: texts of the domain on which the pruned head's reach is measured.
         kv: element type of the caches.
         head: inside the decoder's graph, or a graph of its own.
@@ -81,6 +82,7 @@ class GraphOptions:
 
     vocabulary: tuple[Path, ...] = ()
     vocab_rows: int = 8192
+    rare_rows: Literal["int4", "int2"] = "int4"
     vocab_heldout: tuple[Path, ...] = ()
     kv: Literal["float32", "int8"] = "float32"
     head: Literal["attached", "split"] = "attached"
@@ -89,7 +91,8 @@ class GraphOptions:
     def as_key(self) -> dict[str, Any]:
         """What the graph depends on: content of files, not their names."""
         texts = {name: [sha256_file(file) for file in getattr(self, name)] for name in ("vocabulary", "vocab_heldout")}
-        return {**texts, "vocab_rows": self.vocab_rows, "kv": self.kv, "head": self.head, "ragged": self.ragged}
+        plain = {name: getattr(self, name) for name in ("vocab_rows", "rare_rows", "kv", "head", "ragged")}
+        return {**texts, **plain}
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class BuildRequest:
         identity: name, version and target.
         precision: of the weights.
         quantisation: method, block size and exceptions, for INT4.
+        int8_share: share of the weights that may keep eight bits, chosen by measured sensitivity.
+        sweep_s: seconds to try combinations for, whose knee is taken in place of ``quantisation``; None: no sweep.
+        soc: the chip to compile for; None: the target's first.
         allow_large: whether more parameters than a small model has are welcome.
         trust: whether pickled weights are welcome (read without running them).
         shrinking: a smaller checkpoint first.
@@ -135,6 +141,9 @@ class BuildRequest:
     identity: Identity
     precision: Precision = "int4"
     quantisation: QuantSettings = field(default_factory=QuantSettings)
+    int8_share: float = 0.0
+    sweep_s: float | None = None
+    soc: str | None = None
     allow_large: bool = False
     trust: bool = False
     shrinking: Shrinking | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.runtime.encoder import TextEncoder
@@ -18,17 +17,28 @@ Text = tuple[list[int], list[int]]
 """Token ids of a prompt (prefix and event) and of its answer."""
 
 
+CALIBRATION_TEXTS = 128
+"""Texts a task that calibrated quantisation looks at; more changed nothing that could be measured."""
+SCORED_TEXTS = 16
+"""Golden examples a task on which graphs are compared token by token."""
+
+
 class TaskTexts:
-    """Renders labelled events exactly as the device does.
+    """Renders a build's labelled events exactly as the device does.
 
     Args:
         checkpoint: its tokenizer and its beginning-of-text token.
-        tokenizer: another place of the tokenizer; default: the checkpoint's folder.
+        tasks: the bundle's tasks, with their golden examples.
+        labelled: labelled events by task.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Path | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tasks: Sequence[TaskFolder], labelled: Mapping[str, Labelled] | None = None
+    ) -> None:
         self._start = [] if checkpoint.bos_token_id is None else [checkpoint.bos_token_id]
-        self._encoder = TextEncoder(tokenizer or checkpoint.path / TOKENIZER_NAME, checkpoint.vocab_size)
+        self._encoder = TextEncoder(checkpoint.path / TOKENIZER_NAME, checkpoint.vocab_size)
+        self._tasks = tuple(tasks)
+        self._labelled = labelled or {}
 
     def text(self, task: TaskSpec, row: GoldenExample) -> Text:
         """One labelled event.
@@ -41,21 +51,20 @@ class TaskTexts:
         answer = json.dumps(dict(row.decision), separators=(",", ":"), ensure_ascii=False)
         return [*self._start, *prefix, *event], self._encoder.encode(answer)
 
-    def golden(self, tasks: Sequence[TaskFolder], most_per_task: int) -> list[Text]:
-        """Golden examples of every task; the prefix where a task has none."""
-        found = [self.text(task.spec, row) for task in tasks for row in task.golden[:most_per_task]]
+    def golden(self, most_per_task: int = SCORED_TEXTS) -> list[Text]:
+        """Golden examples of every task; the prefix where no task has one."""
+        found = [self.text(task.spec, row) for task in self._tasks for row in task.golden[:most_per_task]]
         # Without golden examples the prefixes are all that is known of the input.
         return found or [
             ([*self._start, *self._encoder.encode("\n")], self._encoder.encode(task.spec.prompt.prefix))
-            for task in tasks
+            for task in self._tasks
         ]
 
-    def calibration(
-        self, tasks: Sequence[TaskFolder], labelled: Mapping[str, Labelled], most_per_task: int
-    ) -> list[list[int]]:
+    def calibration(self, most_per_task: int = CALIBRATION_TEXTS) -> list[list[int]]:
         """Whole texts (prompt and answer) to calibrate on: labelled events first, golden examples after them."""
-        return [
-            list(chain(*self.text(task.spec, row)))
-            for task in tasks
-            for row in [*labelled[task.spec.name].calibrate_on, *task.golden][:most_per_task]
-        ]
+        found = []
+        for task in self._tasks:
+            labelled = self._labelled.get(task.spec.name)
+            rows = [*(labelled.calibrate_on if labelled else []), *task.golden]
+            found += [list(chain(*self.text(task.spec, row))) for row in rows[:most_per_task]]
+        return found

@@ -30,6 +30,7 @@ from edge_agent.errors import EdgeError
 from edge_agent.fs import write_atomic
 from edge_agent.runtime.bundle import open_installed_bundle, open_signed_bundle
 from edge_agent.runtime.engine import Engine
+from export.boards import Precision
 from export.build import Workplace, build
 from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
 from export.evaluate import Quality, evaluate, read_labelled
@@ -38,7 +39,7 @@ from export.measure import DEADLINE_S, THREADS, bundle_backend
 from export.progress import LineProgress
 from export.quantize import BLOCK_SIZES, CALIBRATED_METHODS, METHODS, QuantSettings
 from export.reference.generator import generate
-from export.request import BuildRequest, Identity, Measurement, Precision, read_quality
+from export.request import BuildRequest, Identity, Measurement, read_quality
 from export.signing import load_signing_key
 from export.tasks import GOLDEN_NAME, TASK_NAME
 

@@ -15,6 +15,7 @@ HEAD_IDS = f"{MODEL_DIR}/head_ids.bin"
 VOCABULARY_NAME = "vocabulary.json"
 PARITY_NAME = "parity.json"
 PROOF_NAME = "proof.json"
+SENSITIVITY_NAME = "sensitivity.json"
 SPEC_NAME = "spec.json"
 
 

@@ -72,6 +72,7 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
         "parity": proof["parity"],
         **({"vocabulary": vocabulary} if vocabulary else {}),
         **({"lineage": list(parts.lineage)} if parts.lineage else {}),
+        **parts.findings,
         "calibration": _temperatures(parts, calibration),
         "quality": proof["quality"],
     }

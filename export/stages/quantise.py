@@ -1,32 +1,50 @@
-"""Stage *quantise*: from fp32 weights to INT4."""
+"""Stage *quantise*: from fp32 weights to INT4, with eight bits where four hurt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from export.graph import load_graph, save_graph
 from export.pipeline import Progress
 from export.quantize import QuantSettings, quantize_int4
-from export.stages.layout import DECODER, read_spec, write_spec
+from export.sensitivity import choose_int8, measure_sensitivity
+from export.stages.layout import DECODER, SENSITIVITY_NAME, read_spec, write_spec
+from export.texts import TaskTexts
 
 
 def quantise(
-    fused: Path, settings: QuantSettings, texts: Sequence[Sequence[int]], folder: Path, progress: Progress
+    fused: Path, settings: QuantSettings, int8_share: float, texts: TaskTexts, folder: Path, progress: Progress
 ) -> None:
     """Quantise the fused graph.
 
     Args:
         fused: outputs of stage *fuse*.
         settings: how.
-        texts: token ids of the tasks' prompts with their answers, for calibrated methods.
-        folder: receives ``model/decoder.onnx`` and ``spec.json``.
+        int8_share: share of the weights that may keep eight bits, where it helps most; 0: none.
+        texts: the tasks' own, to calibrate on and to measure sensitivity on.
+        folder: receives ``model/decoder.onnx``, ``spec.json`` and, if measured, ``sensitivity.json``.
         progress: is told the size.
 
     Raises:
-        EdgeError: ``export.block_size``, ``export.quantize_failed``, …
+        EdgeError: ``export.block_size``, ``export.calibration_missing``, ``export.quantize_failed``, …
     """
-    model = quantize_int4(load_graph(fused / DECODER), settings, calibration_ids=texts)
+    model = load_graph(fused / DECODER)
+    if int8_share:
+        found = measure_sensitivity(model, texts.golden(), settings, progress.line)
+        settings = replace(settings, int8_nodes=choose_int8(found, int8_share))
+        facts = [one.as_dict(settings.int8_nodes) for one in found]
+        (folder / SENSITIVITY_NAME).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    calibration_ids = texts.calibration() if settings.needs_texts else ()
+    model = quantize_int4(model, settings, calibration_ids=calibration_ids)
     files = save_graph(model, folder / DECODER)
     write_spec(folder, read_spec(fused).model_copy(update={"precision": settings.label}))
     progress.line(f"{settings.label} graph: {sum(file.stat().st_size for file in files):,} bytes")
+
+
+def sensitivity_facts(folder: Path) -> dict[str, Any]:
+    """``{"sensitivity": …}`` for the report card where it was measured, else nothing."""
+    file = folder / SENSITIVITY_NAME
+    return {"sensitivity": json.loads(file.read_text("utf-8"))} if file.is_file() else {}

@@ -1,9 +1,10 @@
-"""Stage *reference*: what the original answers, written down before anything of it is changed."""
+"""Stages *reference* and *portable*: what the original answers, and its graph before anything of it is changed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from export.portable import export_portable
 from export.recording import record_reference
 from export.source import Checkpoint
 
@@ -19,3 +20,16 @@ def reference(checkpoint: Checkpoint, folder: Path) -> None:
         PermanentError: ``export.reference_failed``.
     """
     record_reference(checkpoint, folder)
+
+
+def portable_graph(checkpoint: Checkpoint, folder: Path) -> None:
+    """Export the graph that accelerators' graphs are made from.
+
+    Args:
+        checkpoint: a checked checkpoint.
+        folder: receives ``portable.onnx``.
+
+    Raises:
+        PermanentError: ``export.reference_failed`` or ``export.portable_failed``.
+    """
+    export_portable(checkpoint, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from onnx import ModelProto
 
 from edge_agent.contract.manifest import ModelSpec
 from export.boards import Board
+from export.coarse_table import coarsen_table
 from export.compact import compact_scales
 from export.graph import load_graph, save_graph, save_graphs
 from export.half import check_headroom, peak_activations, to_half
@@ -19,7 +19,7 @@ from export.int8_kv import measure_kv_scales, quantise_kv
 from export.pipeline import Progress
 from export.pruned_head import prune_head
 from export.ragged import add_ragged
-from export.request import GraphOptions, Labelled
+from export.request import GraphOptions
 from export.source import Checkpoint
 from export.split_head import split_head
 from export.stages.layout import DECODER, HEAD, HEAD_IDS, MODEL_DIR, VOCABULARY_NAME, read_spec, write_spec
@@ -40,14 +40,14 @@ class Speciality:
         options: what was asked of the graph.
         checkpoint: where the weights came from.
         tasks: the bundle's tasks.
-        labelled: labelled events by task.
+        texts: theirs, to measure activations on.
     """
 
     board: Board
     options: GraphOptions
     checkpoint: Checkpoint
     tasks: tuple[TaskFolder, ...]
-    labelled: Mapping[str, Labelled]
+    texts: TaskTexts
 
 
 def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Progress) -> None:
@@ -68,8 +68,7 @@ def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Pr
     if speciality.options.vocabulary:
         changes |= _prune(speciality, model, folder, progress)
     if speciality.options.kv == "int8":
-        texts = TaskTexts(speciality.checkpoint)
-        prompts = texts.calibration(speciality.tasks, speciality.labelled, ACTIVATION_TEXTS)
+        prompts = speciality.texts.calibration(ACTIVATION_TEXTS)
         quantise_kv(model, measure_kv_scales(model, prompts))
         changes["kv_dtype"] = "int8"
     if speciality.options.ragged:
@@ -99,9 +98,12 @@ def _prune(speciality: Speciality, model: ModelProto, folder: Path, progress: Pr
     """Prune the head, and write which tokens it kept and what they can write."""
     options, checkpoint = speciality.options, speciality.checkpoint
     vocabulary = choose_vocabulary(checkpoint, options.vocabulary, speciality.tasks, options.vocab_rows)
-    prune_head(model, vocabulary.ids)
+    if options.rare_rows == "int2":
+        coarsen_table(model, vocabulary.ids)
+    else:
+        prune_head(model, vocabulary.ids)
     (folder / HEAD_IDS).write_bytes(vocabulary.to_bytes())
-    facts: dict[str, Any] = vocabulary.as_dict()
+    facts: dict[str, Any] = {**vocabulary.as_dict(), "rare_rows": options.rare_rows}
     line = f"head: {len(vocabulary.ids):,} of {checkpoint.vocab_size:,} tokens"
     if options.vocab_heldout:
         found = reach(checkpoint, vocabulary, options.vocab_heldout)
@@ -114,7 +116,7 @@ def _prune(speciality: Speciality, model: ModelProto, folder: Path, progress: Pr
 
 def _check_range(speciality: Speciality, model: ModelProto, progress: Progress) -> None:
     """Refuse float16 activations where the task's own texts leave no room for them."""
-    texts = TaskTexts(speciality.checkpoint).calibration(speciality.tasks, speciality.labelled, ACTIVATION_TEXTS)
+    texts = speciality.texts.calibration(ACTIVATION_TEXTS)
     peak = check_headroom(peak_activations(model, texts))
     progress.line(f"float16: the largest activation on {len(texts)} texts is {peak:,.0f} of 65,504")
 

@@ -101,16 +101,17 @@ def test_folder_that_is_no_bundle_is_never_replaced(make_bundle: Build, tmp_path
     assert code_of(make_bundle, tmp_path / "thesis", force=True) == "export.out_exists"
 
 
-@pytest.mark.parametrize(
-    ("target", "code"),
-    [
-        ("qnn-htp", "export.target_not_buildable"),
-        ("openvino", "export.target_not_buildable"),
-        ("toaster", "export.target_unknown"),
-    ],
-)
-def test_target_that_cannot_be_built_is_refused(target: str, code: str, make_bundle: Build, tmp_path: Path) -> None:
-    assert code_of(make_bundle, tmp_path / "bundle", identity=Identity("tiny", "1", target)) == code
+def test_target_that_nobody_knows_is_refused(make_bundle: Build, tmp_path: Path) -> None:
+    assert code_of(make_bundle, tmp_path / "bundle", identity=Identity("a", "1", "toaster")) == "export.target_unknown"
+
+
+def test_precision_that_the_target_cannot_have_is_refused(make_bundle: Build, tmp_path: Path) -> None:
+    identity = Identity("tiny", "1", "qnn-htp")
+    assert code_of(make_bundle, tmp_path / "bundle", identity=identity) == "export.precision_unsupported"
+
+
+def test_chip_that_the_target_does_not_have_is_refused(make_bundle: Build, tmp_path: Path) -> None:
+    assert code_of(make_bundle, tmp_path / "bundle", soc="QCS8550") == "export.soc_unknown"
 
 
 def test_name_that_no_topic_could_carry_is_refused(make_bundle: Build, tmp_path: Path) -> None:

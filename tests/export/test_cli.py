@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from edge_agent.contract.dsse import generate_key, private_key_to_pem
+from edge_agent.errors import EdgeError
 from edge_agent.runtime.bundle import open_signed_bundle
 from export.__main__ import main
-from export.boards import load_boards
+from export.boards import TARGETS_DIR, buildable_board, load_boards
 from export.signing import load_signing_key
 from export.source import open_checkpoint
 from export.synth import SHAPES, make_tokenizer, synthesise
@@ -101,9 +102,17 @@ def test_targets_list_every_board(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["targets", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert set(listed) == {"cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"}
-    assert [name for name, board in listed.items() if board["buildable"]] == ["cpu-arm64", "cpu-x86_64", "cuda-jetson"]
+    assert all(board["buildable"] for board in listed.values())
     assert main(["targets"]) == 0
     assert "unverified" in capsys.readouterr().out
+
+
+def test_target_whose_parts_are_missing_is_refused(tmp_path: Path) -> None:
+    text = (TARGETS_DIR / "cpu-x86_64.toml").read_text()
+    (tmp_path / "cpu-x86_64.toml").write_text(text.replace("buildable = true", "buildable = false"))
+    with pytest.raises(EdgeError) as caught:
+        buildable_board("cpu-x86_64", tmp_path)
+    assert caught.value.code == "export.target_not_buildable"
 
 
 def test_broken_target_file_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from export.assembly import Parts, assemble
 from export.graph import build_fp32, save_graph
 from export.npu import StaticModel, quantise_windows
 from export.portable import export_portable
-from export.request import Identity, Labelled
+from export.qdq import FixedPoint
+from export.request import Identity
 from export.source import Checkpoint, open_checkpoint
 from export.stages.fuse import fp32_spec
 from export.stages.layout import DECODER, link_or_copy, write_spec
@@ -29,7 +30,7 @@ PAST_TOKENS = 352
 """Enough for the reference task: prefix, an event of 256 tokens, answer."""
 
 MakeBundle = Callable[[StaticModel, Target, Path], Path]
-Fixed = Callable[[str], StaticModel]
+Fixed = Callable[[FixedPoint], StaticModel]
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +59,13 @@ def fixed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Fixed:
     """The same in fixed point, calibrated on the golden examples."""
-    made: dict[str, StaticModel] = {}
-    texts = TaskTexts(checkpoint).calibration(tasks, {task.spec.name: Labelled() for task in tasks}, 24)
+    made: dict[FixedPoint, StaticModel] = {}
+    texts = TaskTexts(checkpoint, tasks).calibration(24)
 
-    def make(precision: str) -> StaticModel:
-        if precision not in made:
-            made[precision] = quantise_windows(static, texts, precision, tmp_path_factory.mktemp(precision))
-        return made[precision]
+    def make(how: FixedPoint) -> StaticModel:
+        if how not in made:
+            made[how] = quantise_windows(static, texts, how, tmp_path_factory.mktemp(how.precision))
+        return made[how]
 
     return make
 
