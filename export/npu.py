@@ -55,7 +55,9 @@ def calibration_feeds(static: StaticModel, texts: Sequence[Sequence[int]], threa
             cache.append(piece)
 
 
-def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], how: FixedPoint, folder: Path) -> StaticModel:
+def quantise_windows(
+    static: StaticModel, texts: Sequence[Sequence[int]], precision: str | FixedPoint, folder: Path
+) -> StaticModel:
     """Put static graphs into fixed point.
 
     The widest window is observed, and all windows take its ranges: they hold the same tensors, and what one writes into
@@ -64,7 +66,7 @@ def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], how: F
     Args:
         static: the fp32 graphs.
         texts: token ids of whole texts to calibrate on.
-        how: the weights; `PRECISIONS` has what targets offer.
+        precision: one of `PRECISIONS`, or the weights in detail.
         folder: receives the graphs.
 
     Returns:
@@ -73,6 +75,7 @@ def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], how: F
     Raises:
         RefusedError: ``export.calibration_missing`` without texts.
     """
+    how = PRECISIONS[precision] if isinstance(precision, str) else precision
     windows = static.spec.windows or ()
     ranges = observe(load_graph(static.folder / static.spec.decoder), calibration_feeds(static, texts))
     for window in windows:

@@ -11,8 +11,10 @@ tensors (Reshape, Slice, …) scales of their own, and knows nothing of masks.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edge_agent.errors import PermanentError, RefusedError
+from export.graph import save_graph
 from export.static_graph import BIAS
 
 OPSET = 21
@@ -55,6 +58,11 @@ class FixedPoint:
     block_size: int = 0
     head_bits: Literal[4, 8] = 8
 
+    @property
+    def precision(self) -> str:
+        """As manifests and targets name it."""
+        return f"a16w{self.weight_bits}"
+
 
 def observe(model: ModelProto, feeds: Iterable[Feeds], threads: int = 1) -> Ranges:
     """Run a graph and note the smallest and largest value of every tensor between operators.
@@ -81,7 +89,11 @@ def observe(model: ModelProto, feeds: Iterable[Feeds], threads: int = 1) -> Rang
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory(prefix="edge-export-") as scratch:
+        # By way of the disk: a graph in memory may not exceed 2 GB.
+        save_graph(probe, Path(scratch) / "probe.onnx")
+        del probe
+        session = ort.InferenceSession(str(Path(scratch) / "probe.onnx"), options, providers=["CPUExecutionProvider"])
     ranges: Ranges = {}
     for feed in feeds:
         found = np.array(session.run(None, dict(feed)), np.float64).reshape(-1, 2)  # [tensors, (smallest, largest)]

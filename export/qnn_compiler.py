@@ -42,7 +42,9 @@ def compile_here(request: dict[str, Any]) -> None:
         chip["soc_model"] = str(request["soc_model"])
     options.add_provider_for_devices(qnn_devices(), {**QNN_OPTIONS, **chip})
     # From bytes: of a file, its path would become part of the program's name.
-    ort.InferenceSession(Path(request["source"]).read_bytes(), options)
+    source = Path(request["source"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.parent))
+    ort.InferenceSession(source.read_bytes(), options)
 
 
 def _main() -> int:
