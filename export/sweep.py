@@ -21,8 +21,8 @@ from export.matrices import stored_matrices
 from export.parity import Agreement
 from export.probe import THREADS, Probe, Text
 from export.quantize import BLOCK_SIZES, Method, QuantSettings, quantize_int4
-from export.scoring import Scorer
-from export.sensitivity import Sensitivity, choose_int8, measure_sensitivity
+from export.scoring import MAX_POSITIONS, Scorer
+from export.sensitivity import POSITIONS, Sensitivity, choose_int8, measure_sensitivity
 
 SWEEP_NAME = "sweep.json"
 INT8_SHARES = (0.05, 0.25)
@@ -271,8 +271,9 @@ class _Sweep:
         reference = load_graph(inputs.graph)
         started = clock()
         self._scorer = Scorer(Probe(reference, threads=inputs.threads), inputs.texts, "a sweep")
-        # A sensitivity scores every group of matrices once.
-        self._sensitivity_s = (clock() - started) * len({m.multiplied for m in stored_matrices(reference)})
+        # A sensitivity scores every group of matrices once, at fewer positions.
+        groups = len({matrix.multiplied for matrix in stored_matrices(reference)})
+        self._sensitivity_s = (clock() - started) * groups * POSITIONS / MAX_POSITIONS
 
     def fits(self, candidate: Candidate, deadline: float) -> bool:
         """Whether the time will do, judged by the slowest candidate of the method so far, or of any method."""

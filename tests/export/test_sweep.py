@@ -85,10 +85,12 @@ def test_candidate_that_would_not_fit_is_not_started_but_listed(graph: Path, tmp
 
 
 def test_time_of_the_sensitivity_counts_before_eight_bits_are_tried(graph: Path, tmp_path: Path) -> None:
-    clock = SteppingClock()
-    # Enough for every candidate, not for the nine groups that a sensitivity would score.
-    result = sweep(SweepInputs(graph, TEXTS), tmp_path, budget_s=24.0, tried=FEW, clock=clock)
+    # Until 16 s the third candidate would end, by this clock; the nine groups of a sensitivity take three more.
+    result = sweep(SweepInputs(graph, TEXTS), tmp_path, budget_s=17.0, tried=FEW, clock=SteppingClock())
     assert [row.label for row in result.rows] == ["int4-rtn-128", "int4-rtn-32"]
+    plain = (*FEW[:2], Candidate(QuantSettings("k_quant", 32)))
+    same = sweep(SweepInputs(graph, TEXTS), tmp_path, budget_s=17.0, tried=plain, clock=SteppingClock())
+    assert len(same.rows) == 3
 
 
 def test_sweep_without_texts_is_refused(graph: Path, tmp_path: Path) -> None:
