@@ -47,16 +47,26 @@ def fuse_projections(model: ModelProto) -> int:
 def _fuse(model: ModelProto, group: list[NodeProto], weights: list[TensorProto]) -> None:
     widths = [int(tensor.dims[1]) for tensor in weights]
     # The ending is what the quantiser knows transposed weights by.
-    name = "+".join(tensor.name.removesuffix("_t") for tensor in weights) + "_t"
+    name = _joined([tensor.name.removesuffix("_t") for tensor in weights], ".") + "_t"
     packed = np.concatenate([numpy_helper.to_array(tensor) for tensor in weights], axis=1)  # [K, sum of widths]
     model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(packed), name))
     sizes = f"split_sizes.{'_'.join(map(str, widths))}"
     if all(tensor.name != sizes for tensor in model.graph.initializer):
         model.graph.initializer.append(numpy_helper.from_array(np.array(widths, np.int64), sizes))
-    joined = "+".join(node.name for node in group)
+    joined = _joined([node.name for node in group], "/")
     product = helper.make_node("MatMul", [group[0].input[0], name], [f"{joined}.packed"], name=joined)
     parts = [node.output[0] for node in group]
     split = helper.make_node("Split", [f"{joined}.packed", sizes], parts, name=f"{joined}.split", axis=-1)
     insert_before(model, group[0], product, split)
     for node in group:
         model.graph.node.remove(node)
+
+
+def _joined(names: list[str], separator: str) -> str:
+    """Siblings under one name: ``mlp.gate_proj.weight``, ``mlp.up_proj.weight`` -> ``mlp.gate_proj+up_proj.weight``."""
+    parts = [name.split(separator) for name in names]
+    shortest = min(map(len, parts))
+    before = next((n for n in range(shortest) if len({part[n] for part in parts}) > 1), shortest)
+    after = next((n for n in range(shortest - before) if len({part[-1 - n] for part in parts}) > 1), 0)
+    middle = "+".join(separator.join(part[before : len(part) - after]) for part in parts)
+    return separator.join([*parts[0][:before], middle, *parts[0][len(parts[0]) - after :]])
