@@ -82,7 +82,9 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, place: Workp
             given = _check(request, pipeline.scratch())
             architecture, parameters = given.checkpoint.architecture, given.checkpoint.parameters
             place.progress.line(f"checkpoint: {architecture}, {parameters:,} parameters, {len(given.tasks)} task(s)")
-            require_work_space(_estimate(request, given, pipeline.work), pipeline.work)
+            estimate = _estimate(request, given, pipeline.work)
+            given.board.check_memory(estimate.device_ram_bytes)
+            require_work_space(estimate, pipeline.work)
         chain = Chain(request, given, pipeline)
         candidate = chain.model()
         proven = chain.prove(candidate)
@@ -109,7 +111,8 @@ def plan_build(request: BuildRequest, out: Path, place: Workplace) -> Plan:
     """
     _check_words(request, out, place)
     with TemporaryDirectory(prefix="edge-export-") as scratch:
-        return _estimate(request, _check(request, Path(scratch)), _work(out, place))
+        given = _check(request, Path(scratch))
+        return _estimate(request, given, _work(out, place))
 
 
 def _check_words(request: BuildRequest, out: Path, place: Workplace) -> None:

@@ -120,7 +120,7 @@ def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTER
         first.write_bytes(model.SerializeToString(deterministic=True))
         return [first]
     weights = first.parent / f"{first.name}.data"
-    written: dict[str, tuple[bytes, dict[str, str]]] = {}
+    written: dict[str, tuple[bytes | None, dict[str, str]]] = {}
     with weights.open("wb") as writer:
         for path, model in models.items():
             light = _without_weights(model)
@@ -136,9 +136,10 @@ def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTER
                         "length": str(len(tensor.raw_data)),
                     }
                     writer.write(tensor.raw_data)
-                    written[tensor.name] = tensor.raw_data, place
+                    # Remembered where another graph may mean something else by the name; all of them are gigabytes.
+                    written[tensor.name] = (tensor.raw_data if len(models) > 1 else None), place
                 raw, place = written[tensor.name]
-                if raw != tensor.raw_data:
+                if raw is not None and raw != tensor.raw_data:
                     raise PermanentError(
                         "export.graph_unexpected", f"two graphs mean different weights by {tensor.name}"
                     )

@@ -10,6 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnxruntime
+
+from edge_agent.contract.manifest import Target
 from export.assembly import Parts, assemble
 from export.boards import Board
 from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
@@ -23,7 +26,11 @@ from export.request import Labelled
 from export.source import TOKENIZER_NAME
 from export.stages.layout import PROOF_NAME, link_or_copy, read_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
+from export.testimony import retarget
 from export.texts import TaskTexts
+
+HOST: Target = "cpu-x86_64"
+"""The target whose provider every machine has."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +121,26 @@ def _quality(
     measured = [task for task in candidate.parts.tasks if labelled[task.spec.name].evaluate_on]
     if not measured:
         return quality
-    fp32 = replace(candidate.parts, model=candidate.full)
-    with _looked_at(fp32, {}) as yardstick:
+    fp32 = replace(candidate.parts, model=candidate.full, identity=replace(candidate.parts.identity, target=HOST))
+    with _looked_at(fp32, {}) as yardstick, _runnable(candidate, bundle) as shipped:
         for task in measured:
             name, rows = task.spec.name, labelled[task.spec.name].evaluate_on
-            for precision, place in {"fp32": yardstick, candidate.precision: bundle}.items():
+            for precision, place in {"fp32": yardstick, candidate.precision: shipped}.items():
                 with bundle_backend(place, task.spec) as decide:
                     found = evaluate(decide, rows, task.spec)
                 quality.setdefault(name, {})[precision] = found.as_dict()
                 progress.line(f"{name}: {precision} right in every field for {found.exact:.2%} of {found.rows} events")
     return quality
+
+
+@contextmanager
+def _runnable(candidate: Candidate, bundle: Path) -> Iterator[Path]:
+    """The bundle in a form that this machine can run: an accelerator's graph on the CPU, unless it is compiled."""
+    if candidate.board.execution_provider in onnxruntime.get_available_providers() or candidate.compiled:
+        yield bundle
+        return
+    with TemporaryDirectory(dir=bundle.parent, prefix=".look-", suffix=".partial") as scratch:
+        yield retarget(bundle, HOST, Path(scratch))
 
 
 @contextmanager
