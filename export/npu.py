@@ -55,9 +55,7 @@ def calibration_feeds(static: StaticModel, texts: Sequence[Sequence[int]], threa
             cache.append(piece)
 
 
-def quantise_windows(
-    static: StaticModel, texts: Sequence[Sequence[int]], precision: str | FixedPoint, folder: Path
-) -> StaticModel:
+def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], how: FixedPoint, folder: Path) -> StaticModel:
     """Put static graphs into fixed point.
 
     The widest window is observed, and all windows take its ranges: they hold the same tensors, and what one writes into
@@ -66,7 +64,7 @@ def quantise_windows(
     Args:
         static: the fp32 graphs.
         texts: token ids of whole texts to calibrate on.
-        precision: one of `PRECISIONS`, or the weights in detail.
+        how: the weights; `PRECISIONS` has what targets offer.
         folder: receives the graphs.
 
     Returns:
@@ -75,7 +73,6 @@ def quantise_windows(
     Raises:
         RefusedError: ``export.calibration_missing`` without texts.
     """
-    how = PRECISIONS[precision] if isinstance(precision, str) else precision
     windows = static.spec.windows or ()
     ranges = observe(load_graph(static.folder / static.spec.decoder), calibration_feeds(static, texts))
     for window in windows:

@@ -19,6 +19,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from edge_agent.errors import PermanentError
+from export import qnn_compiler
 from export.boards import Soc
 
 TIMEOUT_S = 1800.0
@@ -64,7 +65,7 @@ def compile_graph(source: Path, soc: Soc, target: Path) -> None:
     """
     request = {"source": str(source), "target": str(target), "htp_arch": soc.htp_arch, "soc_model": soc.soc_model}
     done = subprocess.run(
-        [sys.executable, "-m", "export.qnn_compiler"],
+        [sys.executable, "-m", qnn_compiler.__name__],
         input=json.dumps(request),
         env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
         capture_output=True,
