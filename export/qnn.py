@@ -63,7 +63,12 @@ def compile_graph(source: Path, soc: Soc, target: Path) -> None:
         PermanentError: ``export.npu_missing`` without the compiler, ``export.npu_failed`` when it fails,
             ``export.npu_unsupported`` naming every operator that it does not take.
     """
-    request = {"source": str(source), "target": str(target), "htp_arch": soc.htp_arch, "soc_model": soc.soc_model}
+    request = {
+        "source": str(source.resolve()),
+        "target": str(target.resolve()),
+        "htp_arch": soc.htp_arch,
+        "soc_model": soc.soc_model,
+    }
     done = subprocess.run(
         [sys.executable, "-m", qnn_compiler.__name__],
         input=json.dumps(request),

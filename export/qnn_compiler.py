@@ -7,6 +7,7 @@ Exit status: 0 compiled, 1 failed, 2 without a compiler.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,10 @@ def compile_here(request: dict[str, Any]) -> None:
     if request["soc_model"]:
         chip["soc_model"] = str(request["soc_model"])
     options.add_provider_for_devices(qnn_devices(), {**QNN_OPTIONS, **chip})
-    # From bytes: of a file, its path would become part of the program's name.
+    # From bytes, with large weights in the working directory: another path would become part of the program's name.
     source = Path(request["source"])
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.parent))
+    os.chdir(source.parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", ".")
     ort.InferenceSession(source.read_bytes(), options)
 
 

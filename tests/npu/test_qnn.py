@@ -133,17 +133,18 @@ def test_tiny_model_compiles_whole_and_the_emulator_agrees_with_its_numbers(
 
 
 @needs_compiler
+@pytest.mark.parametrize("external_from_bytes", [1 << 30, 1000])
 def test_same_graph_compiles_to_the_same_bytes(
-    tiny: StaticModel, texts: list[list[int]], soc: Soc, tmp_path: Path
+    external_from_bytes: int, tiny: StaticModel, texts: list[list[int]], soc: Soc, tmp_path: Path
 ) -> None:
     found = quantise_windows(tiny, texts, PRECISIONS["a16w8"], tmp_path / "fixed")
+    model = load_graph(found.folder / "model/window-1.onnx")
     programs = []
     for place in ("here", "elsewhere/and/deeper"):
-        source = tmp_path / place / "any.onnx"
-        source.parent.mkdir(parents=True)
-        source.write_bytes((found.folder / "model/window-1.onnx").read_bytes())
-        compile_graph(source, soc, source.parent / "compiled.onnx")
-        programs.append((source.parent / "compiled.onnx").read_bytes())
+        files = save_graph(model, tmp_path / place / "any.onnx", external_from_bytes)
+        assert len(files) == (1 if external_from_bytes > 1000 else 2)
+        compile_graph(files[0], soc, tmp_path / place / "compiled.onnx")
+        programs.append((tmp_path / place / "compiled.onnx").read_bytes())
     assert programs[0] == programs[1]
 
 
