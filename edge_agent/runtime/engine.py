@@ -20,7 +20,7 @@ from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.prompt import event_prompt
-from edge_agent.runtime.session import KvCache, ModelSession, resolve_threads
+from edge_agent.runtime.session import KvCache, ModelSession, check_runtime, resolve_threads
 from edge_agent.runtime.static_session import StaticCache, StaticSession
 
 
@@ -183,6 +183,7 @@ class Engine:
 def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | StaticSession:
     manifest = bundle.manifest
     if manifest.model.graph_interface == 2:
+        check_runtime(manifest)
         return StaticSession(bundle.path, manifest.model, manifest.target, threads)
     return ModelSession(bundle.path, manifest, threads)
 

@@ -99,4 +99,9 @@ def qnn_devices() -> list[Any]:
         raise PermanentError("bundle.unsupported", "target qnn-htp needs the package onnxruntime-qnn") from error
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         raise PermanentError("bundle.unsupported", f"Qualcomm's plugin does not load: {error}") from error
-    return [device for device in ort.get_ep_devices() if device.ep_name == QNN][:1]
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == QNN]
+    # A board offers its processors each for itself. An x86 machine offers its CPU, on which the NPU is emulated.
+    devices.sort(key=lambda device: bool(device.device.type != ort.OrtHardwareDeviceType.NPU))
+    if not devices:
+        raise PermanentError("bundle.unsupported", "Qualcomm's plugin finds no device on this machine")
+    return devices[:1]

@@ -80,7 +80,7 @@ class ModelSession:
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
         self.spec: ModelSpec = manifest.model
-        _check_runtime(manifest)
+        check_runtime(manifest)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -269,7 +269,12 @@ def map_library_error(doing: str, error: BaseException) -> EdgeError:
     return PermanentError("bundle.unsupported", f"{doing}: {text}")
 
 
-def _check_runtime(manifest: Manifest) -> None:
+def check_runtime(manifest: Manifest) -> None:
+    """Refuse a bundle that asks for a newer ONNX Runtime.
+
+    Raises:
+        PermanentError: ``bundle.unsupported``.
+    """
     needed = manifest.minimum_runtime.get("onnxruntime")
     if needed is not None and _version(ort.__version__) < _version(needed):
         raise PermanentError("bundle.unsupported", f"needs onnxruntime {needed}, this is {ort.__version__}")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edge_agent.contract.manifest import MASKED_BIAS, ModelSpec, Target
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
-from edge_agent.runtime.providers import use_provider
+from edge_agent.runtime.providers import check_loaded, use_provider
 from edge_agent.runtime.session import Logits, map_library_error
 
 PADDING_ID = 0
@@ -69,6 +69,7 @@ class StaticSession:
         for window in self.windows:
             _check_interface(window, spec, self.past_tokens, rows)
         self.providers: tuple[str, ...] = tuple(self.windows[0].session.get_providers())
+        check_loaded(target, self.providers)
 
     def new_cache(self, capacity_tokens: int) -> StaticCache:
         """Allocate a past window of which at most ``capacity_tokens`` positions are used.

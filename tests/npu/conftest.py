@@ -11,6 +11,7 @@ from edge_agent.contract.manifest import Target, read_manifest
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
 from export.assembly import Parts, assemble
+from export.boards import load_boards
 from export.graph import build_fp32, save_graph
 from export.npu import StaticModel, quantise_windows
 from export.portable import export_portable
@@ -76,7 +77,9 @@ def make_bundle(checkpoint: Checkpoint, tasks: tuple[TaskFolder, ...]) -> MakeBu
 
     def make(model: StaticModel, target: Target, folder: Path) -> Path:
         write_spec(model.folder, model.spec)
-        parts = Parts(Identity("triage", "1.0.0", target), checkpoint, tasks, model.folder, texts={}, quality={})
+        oldest = load_boards()[target].minimum_onnxruntime
+        identity = Identity("triage", "1.0.0", target)
+        parts = Parts(identity, checkpoint, tasks, model.folder, texts={}, quality={}, minimum_onnxruntime=oldest)
         assemble(parts, folder, link_or_copy)
         return folder
 
