@@ -15,12 +15,14 @@ from export.request import BuildRequest, Labelled, Measurement
 from export.source import Checkpoint, open_checkpoint
 from export.stages.fixed_shapes import chosen_soc, compiled_for, fix_shapes
 from export.stages.fuse import fuse
+from export.stages.layout import read_spec
 from export.stages.prove import Candidate, prove
 from export.stages.quantise import quantise, sensitivity_facts
 from export.stages.reference import portable_graph, reference
 from export.stages.shrink import CHECKPOINT_DIR, shrink, shrink_key, shrinking_facts
 from export.stages.specialise import Speciality, specialise
-from export.stages.sweeping import chosen_settings, sweep_facts, swept_sensitivity, try_all
+from export.stages.sweeping import chosen_settings, make_judge, sweep_facts, swept_sensitivity, try_all
+from export.sweep import Judge
 from export.tasks import TaskFolder
 from export.texts import TaskTexts
 
@@ -155,7 +157,7 @@ class Chain:
         return self._pipeline.stage(
             "sweep",
             {"budget_s": budget_s, **self._texts_key},
-            lambda folder: try_all(fused, self._texts(), budget_s, folder, self._say),
+            lambda folder: try_all(fused, self._texts(), self._judge(fused), budget_s, folder, self._say),
             after=("fuse",),
         )
 
@@ -186,6 +188,14 @@ class Chain:
             lambda folder: fix_shapes(speciality, portable / PORTABLE_NAME, precision, soc, folder, self._say),
             after=("portable",),
         )
+
+    def _judge(self, fused: Path) -> Judge | None:
+        """Accuracy of a candidate, where the request brings labelled events."""
+        for task in self._given.tasks:
+            rows = self._given.labelled[task.spec.name].evaluate_on
+            if rows:
+                return make_judge(self._given.checkpoint, read_spec(fused), task.spec, rows)
+        return None
 
     def _speciality(self) -> Speciality:
         return Speciality(

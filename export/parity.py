@@ -189,7 +189,8 @@ def between(fp32: Steps, quantised: Steps, texts: Sequence[tuple[list[int], list
     Args:
         fp32: the reference.
         quantised: the candidate.
-        texts: (prompt ids, continuation ids): compared after the prompt and after each token of the continuation.
+        texts: (prompt ids, continuation ids): compared after the prompt and after each token of the continuation,
+            over the tokens that ``quantised`` can choose.
 
     Returns:
         The figures.
@@ -200,14 +201,18 @@ def between(fp32: Steps, quantised: Steps, texts: Sequence[tuple[list[int], list
         left, left_past = fp32.step(prompt, fp32.start())
         right, right_past = quantised.step(prompt, quantised.start())
         for token in [*continuation, None]:
-            p, q = _log_softmax(left), _log_softmax(right)  # [vocab]
+            # A pruned head scores -inf what it cannot choose: both are held to what both can.
+            kept = np.isfinite(right) | np.isnan(right)
+            p, q = _log_softmax(left[kept]), _log_softmax(right[kept])  # [rows]
             positions += 1
-            same += int(left.argmax()) == int(right.argmax())
+            same += int(p.argmax()) == int(q.argmax())
             divergence += float((np.exp(p) * (p - q)).sum())
             if token is not None:
-                tokens += 1
-                left_surprise -= float(p[token])
-                right_surprise -= float(q[token])
+                if kept[token]:
+                    row = int(kept[:token].sum())
+                    tokens += 1
+                    left_surprise -= float(p[row])
+                    right_surprise -= float(q[row])
                 left, left_past = fp32.step([token], left_past)
                 right, right_past = quantised.step([token], right_past)
     return Agreement(

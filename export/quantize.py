@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ _RULES: dict[Method, GridRule] = {
     "hqq": half_quadratic,
     "gptq": least_squares,
 }
-_SYMMETRIC_BY_DEFAULT: dict[Method, bool] = {"rtn": True, "k_quant": False, "hqq": False, "gptq": True}
+_SYMMETRIC_BY_DEFAULT: dict[Method, bool] = {"rtn": True, "k_quant": True, "hqq": False, "gptq": True}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class QuantSettings:
         method: ``rtn`` (round to nearest), ``k_quant`` (grid of least squares), ``hqq`` (half-quadratic; its zero
             points are floats, which ONNX Runtime computes on a slower path) or ``gptq`` (rounding that makes good its
             own errors on the task's texts).
-        block_size: weights that share a scale.
+        block_size: weights that share a scale, at most: a matrix takes the largest size that divides its rows.
         symmetric: whether the middle code is 0 and no zero points are stored; None: as is usual for the method.
         int8_nodes: names of MatMuls that keep eight bits (see `export.sensitivity`).
 
@@ -146,7 +146,7 @@ def _quantised(
         # A tied table is looked up, too: it must be near its own weights, not only near its products. And the lookup
         # reads neither float zero points nor a ragged last block.
         bits = _bits(matrix, settings)
-        block = table_block if matrix.is_tied else settings.block_size
+        block = table_block if matrix.is_tied else _fitting_block(matrix.columns, settings.block_size)
         yield matrix.node, _rounded(read_matrix(model, matrix), settings, bits, block, is_table=matrix.is_tied)
     if not settings.needs_texts:
         return
@@ -154,7 +154,8 @@ def _quantised(
         for matrix in matrices:
             if not matrix.is_tied and matrix.multiplied in gathered:
                 weight, hessian = read_matrix(model, matrix), gathered[matrix.multiplied]
-                yield matrix.node, quantise_matrix(weight, settings, _bits(matrix, settings), hessian)
+                fitting = replace(settings, block_size=_fitting_block(matrix.columns, settings.block_size))
+                yield matrix.node, quantise_matrix(weight, fitting, _bits(matrix, settings), hessian)
 
 
 def _rounded(
@@ -305,6 +306,11 @@ def _without_unused(model: ModelProto) -> ModelProto:
     result.graph.output.extend(model.graph.output)
     result.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)
     return result
+
+
+def _fitting_block(columns: int, wanted: int) -> int:
+    """The largest block that wastes nothing: a ragged last block is padded with weights that nobody has."""
+    return max((block for block in BLOCK_SIZES if block <= wanted and columns % block == 0), default=wanted)
 
 
 def _dividing_block(hidden: int, wanted: int) -> int:

@@ -137,9 +137,9 @@ def candidates(*, calibrated: bool) -> list[Candidate]:
     Args:
         calibrated: whether there are texts to calibrate on.
     """
-    kinds: list[QuantSettings] = [QuantSettings("k_quant", symmetric=True), QuantSettings("rtn")]
+    kinds: list[QuantSettings] = [QuantSettings("k_quant"), QuantSettings("rtn")]
     kinds += [QuantSettings("gptq")] if calibrated else []
-    kinds += [QuantSettings("k_quant"), QuantSettings("rtn", symmetric=False), QuantSettings("hqq")]
+    kinds += [QuantSettings(method, symmetric=False) for method in ("k_quant", "rtn", "hqq")]
     kinds += [QuantSettings("gptq", symmetric=False)] if calibrated else []
     whole = [Candidate(replace(kind, block_size=block)) for block, kind in product(BLOCK_SIZES, kinds)]
     best = kinds[2] if calibrated else kinds[0]

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edge_agent.contract.manifest import ModelSpec
+from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.errors import PermanentError
+from export.evaluate import evaluate, greedy_backend
+from export.greedy import GreedyDecoder
+from export.measure import THREADS
 from export.pipeline import Progress
 from export.quantize import QuantSettings
+from export.source import TOKENIZER_NAME, Checkpoint
 from export.stages.layout import DECODER, SENSITIVITY_NAME
-from export.sweep import SWEEP_NAME, SweepInputs, sweep
+from export.sweep import SWEEP_NAME, Judge, SweepInputs, sweep
 from export.texts import TaskTexts
 
+JUDGED_EVENTS = 100
 CHOSEN_NAME = "chosen.json"
 
 
-def try_all(fused: Path, texts: TaskTexts, budget_s: float, folder: Path, progress: Progress) -> None:
+def try_all(
+    fused: Path, texts: TaskTexts, judge: Judge | None, budget_s: float, folder: Path, progress: Progress
+) -> None:
     """Try combinations within a budget and note the knee.
 
     Args:
         fused: outputs of stage *fuse*.
         texts: the tasks' own, on which candidates are calibrated and scored.
+        judge: accuracy on labelled events, where there are any.
         budget_s: seconds.
         folder: receives ``sweep.json``, ``sensitivity.json`` and ``chosen.json``.
         progress: is told of every candidate.
@@ -31,7 +42,7 @@ def try_all(fused: Path, texts: TaskTexts, budget_s: float, folder: Path, progre
         RefusedError: ``export.calibration_missing``.
         PermanentError: ``export.sweep_empty`` when the budget was too short for one candidate.
     """
-    inputs = SweepInputs(graph=fused / DECODER, texts=texts.golden(), calibration_ids=texts.calibration())
+    inputs = SweepInputs(fused / DECODER, texts.golden(), texts.calibration(), judge)
     found = sweep(inputs, folder, budget_s, log=progress.line)
     if found.knee is None:
         raise PermanentError("export.sweep_empty", f"no combination could be tried in {budget_s:.0f} s")
@@ -41,6 +52,23 @@ def try_all(fused: Path, texts: TaskTexts, budget_s: float, folder: Path, progre
     sensitive = [one.as_dict(knee.int8_nodes) for one in found.sensitivity]
     (folder / SENSITIVITY_NAME).write_text(json.dumps(sensitive, indent=2) + "\n", "utf-8")
     progress.line(f"the knee of {len(found.rows)} combinations: {knee.label}, {knee.bytes:,} bytes")
+
+
+def make_judge(checkpoint: Checkpoint, spec: ModelSpec, task: TaskSpec, rows: Sequence[GoldenExample]) -> Judge:
+    """Accuracy of a graph on labelled events, by the oracle: a candidate is no bundle yet.
+
+    Args:
+        checkpoint: its tokenizer.
+        spec: of the fused graph.
+        task: the task.
+        rows: labelled events, of which the first `JUDGED_EVENTS` count.
+    """
+
+    def judge(graph: Path) -> float:
+        decoder = GreedyDecoder(graph, checkpoint.path / TOKENIZER_NAME, spec, threads=THREADS)
+        return evaluate(greedy_backend(decoder, task), rows[:JUDGED_EVENTS], task).exact
+
+    return judge
 
 
 def chosen_settings(swept: Path) -> QuantSettings:

@@ -235,7 +235,7 @@ def test_every_method_and_block_size_keeps_the_model(
     scorer: Scorer, fp32: bytes, method: Method, block_size: int
 ) -> None:
     # Wide random weights are the worst case for four bits; a wrong scale or a swapped nibble gives a KL above 5.
-    assert agreement(scorer, quantised(fp32, QuantSettings(method, block_size))).mean_kl < 1.5
+    assert agreement(scorer, quantised(fp32, QuantSettings(method, block_size))).mean_kl < 2.0
 
 
 def test_method_on_the_task_s_texts_is_refused_without_texts(fp32: bytes) -> None:

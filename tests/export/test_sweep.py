@@ -68,7 +68,7 @@ def test_every_candidate_is_measured_and_its_graph_removed(graph: Path, tmp_path
     assert min(row.decode_tok_per_s for row in result.rows) > 0
     assert result.knee is not None
     assert [row.settings.label for row in result.rows[:2]] == [candidate.settings.label for candidate in FEW[:2]]
-    assert mixed.settings == QuantSettings("k_quant", 32, symmetric=False, int8_nodes=mixed.int8_nodes)
+    assert mixed.settings == QuantSettings("k_quant", 32, symmetric=True, int8_nodes=mixed.int8_nodes)
     assert [path.name for path in tmp_path.iterdir()] == [SWEEP_NAME]
     listed = json.loads((tmp_path / SWEEP_NAME).read_text("utf-8"))
     assert [row["label"] for row in listed] == [row.label for row in result.rows]
