@@ -12,9 +12,9 @@ from typing import Any
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError
 from export.boards import load_boards
-from export.commands_build import add_build, only, quiet_libraries
-from export.commands_report import add_report
-from export.commands_shrink import add_commands as add_shrink
+from export.commands.build import add_build, only, quiet_libraries
+from export.commands.report import add_report
+from export.commands.shrink import add_commands as add_shrink
 
 EPILOG = """examples:
   edge-export build ./checkpoint --target cpu-x86_64 --task ./tasks/triage --out ./bundle
@@ -109,8 +109,8 @@ def _targets(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from edge_agent.contract.task import load_task
-    from export.evaluate import evaluate, read_labelled
-    from export.measure import bundle_backend
+    from export.proof.evaluate import evaluate, read_labelled
+    from export.proof.measure import bundle_backend
 
     quiet_libraries()
     manifest, digest = read_manifest(arguments.bundle)
@@ -135,7 +135,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from export.synth import synthesise
+    from export.checkpoint.synth import synthesise
 
     parameters = synthesise(arguments.like, arguments.folder, layers=arguments.layers)
     print(f"{arguments.folder}  {parameters:,} random parameters in the shape of {arguments.like}")

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from edge_agent.contract.manifest import Manifest, ModelSpec, Resources
 from edge_agent.errors import RefusedError
 from export.bundle import list_files, tool_versions, write_file, write_manifest
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
 from export.request import Identity
-from export.source import TOKENIZER_NAME, Checkpoint
 from export.stages.layout import MODEL_DIR, read_spec
 from export.tasks import TaskFolder
 

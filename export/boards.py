@@ -62,7 +62,7 @@ class Board(_Frozen):
         memory_budget_bytes: what the smallest such machine can spare.
         buildable: whether `edge-export build` takes the target.
         verification: the strongest word that our own suite has earned for the target. A bundle's report carries the
-            word that its own build earned (`export.evidence.verification`).
+            word that its own build earned (`export.proof.evidence.verification`).
         proved_by: id of the test that earns that word.
         note: one line for people.
     """

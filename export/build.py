@@ -18,10 +18,10 @@ from edge_agent.contract.manifest import Manifest
 from export.boards import buildable_board
 from export.bundle import check_out, tool_versions
 from export.chain import Chain, Given
+from export.checkpoint.source import open_checkpoint
 from export.pipeline import Pipeline, Progress, StageTiming
 from export.plan import Plan, free_bytes_at, plan, require_work_space
 from export.request import BuildRequest, read_all_labelled
-from export.source import open_checkpoint
 from export.stages.fixed_shapes import chosen_soc
 from export.stages.package import package
 from export.tasks import open_tasks

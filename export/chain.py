@@ -9,10 +9,11 @@ from typing import Any
 from edge_agent.fs import sha256_file
 from export.assembly import Parts
 from export.boards import Board
+from export.checkpoint.source import Checkpoint, open_checkpoint
+from export.npu.portable import PORTABLE_NAME
 from export.pipeline import Pipeline
-from export.portable import PORTABLE_NAME
+from export.quantisation.sweep import Judge
 from export.request import BuildRequest, Labelled, Measurement
-from export.source import Checkpoint, open_checkpoint
 from export.stages.fixed_shapes import chosen_soc, compiled_for, fix_shapes
 from export.stages.fuse import fuse
 from export.stages.layout import read_spec
@@ -22,7 +23,6 @@ from export.stages.reference import portable_graph, reference
 from export.stages.shrink import CHECKPOINT_DIR, shrink, shrink_key, shrinking_facts
 from export.stages.specialise import Speciality, specialise
 from export.stages.sweeping import chosen_settings, make_judge, sweep_facts, swept_sensitivity, try_all
-from export.sweep import Judge
 from export.tasks import TaskFolder
 from export.texts import TaskTexts
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from edge_agent.fs import require_space
 from export.boards import Board
-from export.quantize import QuantSettings
+from export.checkpoint.source import Checkpoint
+from export.quantisation.quantize import QuantSettings
 from export.request import BuildRequest
-from export.source import Checkpoint
 from export.tasks import TaskFolder
 
 TORCH_BYTES = 700 << 20

@@ -14,8 +14,8 @@ from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import sha256_file
 from export.boards import Precision
-from export.evaluate import read_labelled
-from export.quantize import QuantSettings
+from export.proof.evaluate import read_labelled
+from export.quantisation.quantize import QuantSettings
 from export.stages.witnesses import Elsewhere
 from export.tasks import TaskFolder
 
@@ -50,7 +50,7 @@ class Measurement:
     Args:
         calibrate_on: events to fit temperatures on.
         evaluate_on: events to measure accuracy on, every precision.
-        quality: task -> precision -> figures of `export.evaluate.Quality`, taken as they are.
+        quality: task -> precision -> figures of `export.proof.evaluate.Quality`, taken as they are.
     """
 
     calibrate_on: dict[str, Path] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import RefusedError
-from export.calibrate import CALIBRATION_NAME
+from export.proof.calibrate import CALIBRATION_NAME
 
 TASK_NAME = "task.yaml"
 GOLDEN_NAME = "golden.jsonl"

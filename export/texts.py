@@ -9,8 +9,8 @@ from itertools import chain
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.prompt import event_prompt
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
 from export.request import Labelled
-from export.source import TOKENIZER_NAME, Checkpoint
 from export.tasks import TaskFolder
 
 Text = tuple[list[int], list[int]]

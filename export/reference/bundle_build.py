@@ -32,12 +32,12 @@ from edge_agent.runtime.bundle import open_installed_bundle, open_signed_bundle
 from edge_agent.runtime.engine import Engine
 from export.boards import Precision
 from export.build import Workplace, build
-from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
-from export.evaluate import Quality, evaluate, read_labelled
-from export.greedy import GreedyDecoder
-from export.measure import DEADLINE_S, THREADS, bundle_backend
 from export.progress import LineProgress
-from export.quantize import BLOCK_SIZES, CALIBRATED_METHODS, METHODS, QuantSettings
+from export.proof.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
+from export.proof.evaluate import Quality, evaluate, read_labelled
+from export.proof.greedy import GreedyDecoder
+from export.proof.measure import DEADLINE_S, THREADS, bundle_backend
+from export.quantisation.quantize import BLOCK_SIZES, CALIBRATED_METHODS, METHODS, QuantSettings
 from export.reference.generator import generate
 from export.request import BuildRequest, Identity, Measurement, read_quality
 from export.signing import load_signing_key

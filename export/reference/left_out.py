@@ -11,18 +11,18 @@ import sys
 from itertools import islice
 
 from edge_agent.contract.task import load_task
-from export.evaluate import read_labelled
-from export.importance import choose_layers, only_layers
-from export.lessons import LessonWriter, Row, batches
-from export.prune import PROBE_LESSONS, probe_batches
-from export.recovery import Training, torch_threads
+from export.checkpoint.source import open_checkpoint
+from export.proof.evaluate import read_labelled
 from export.reference.bundle_build import CHECKPOINT, HELDOUT, TASK_FOLDER
 from export.reference.generator import generate
 from export.reference.smaller import EVENTS_SEED
-from export.smaller_checkpoint import load_model
-from export.source import open_checkpoint
+from export.smaller.importance import choose_layers, only_layers
+from export.smaller.lessons import LessonWriter, Row, batches
+from export.smaller.prune import PROBE_LESSONS, probe_batches
+from export.smaller.recovery import Training, torch_threads
+from export.smaller.smaller_checkpoint import load_model
+from export.smaller.teacher import Teacher, fit
 from export.tasks import TASK_NAME
-from export.teacher import Teacher, fit
 
 
 def table(drop: int, held_out: int) -> str:

@@ -25,15 +25,15 @@ from edge_agent.errors import EdgeError, RefusedError
 from edge_agent.fs import write_atomic
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
-from export.distil import Beginning, Distillation, distil
-from export.evaluate import read_labelled
-from export.lessons import Row
-from export.measure import DEADLINE_S
-from export.prune import Pruning, drop_layers
-from export.recovery import Training
+from export.checkpoint.source import open_checkpoint
+from export.proof.evaluate import read_labelled
+from export.proof.measure import DEADLINE_S
 from export.reference.bundle_build import CHECKPOINT, HELDOUT, TASK_FOLDER, built, quality_of, reference_request
 from export.reference.generator import generate
-from export.source import open_checkpoint
+from export.smaller.distil import Beginning, Distillation, distil
+from export.smaller.lessons import Row
+from export.smaller.prune import Pruning, drop_layers
+from export.smaller.recovery import Training
 from export.tasks import TASK_NAME
 
 EVENTS_SEED = 4242
@@ -291,7 +291,7 @@ def _state(out: Path) -> Path:
 
 def _training_of(folder: Path) -> dict[str, Any] | None:
     """What the checkpoint's provenance says of its training, if it had any."""
-    from export.smaller_checkpoint import read_provenance
+    from export.smaller.smaller_checkpoint import read_provenance
 
     for facts in read_provenance(folder).values():
         found: dict[str, Any] | None = facts.get("recovery") or facts.get("training")

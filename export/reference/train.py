@@ -31,7 +31,7 @@ from export.reference.examples import Batch, Encoder, batches, canonical_answer,
 from export.reference.forward import hidden_states
 from export.reference.generator import generate
 from export.reference.tokenizer import EOS, PAD, load_tokenizer, save_tokenizer, train_tokenizer
-from export.rounding import int4_weights
+from export.smaller.rounding import int4_weights
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import onnxruntime
 
 from edge_agent.errors import RefusedError
 from export.boards import Board, Soc
-from export.evidence import Evidence
-from export.npu import PRECISIONS, StaticModel, compile_windows, quantise_windows
+from export.npu.static_graph import StaticShape, build_windows
+from export.npu.windows import PRECISIONS, StaticModel, compile_windows, quantise_windows
 from export.pipeline import Progress
+from export.proof.evidence import Evidence
 from export.stages.layout import MODEL_DIR, write_spec
 from export.stages.specialise import ACTIVATION_TEXTS, Speciality
-from export.static_graph import StaticShape, build_windows
 
 
 def fix_shapes(

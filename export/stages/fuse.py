@@ -9,13 +9,13 @@ from pathlib import Path
 from onnx import ModelProto
 
 from edge_agent.contract.manifest import ModelSpec
-from export.fusions import fuse_projections
-from export.graph import build_fp32, graph_shape, save_graph
-from export.measure import THREADS
-from export.parity import prove_parity
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
+from export.graphs.fusions import fuse_projections
+from export.graphs.graph import build_fp32, graph_shape, save_graph
 from export.pipeline import Progress
-from export.recording import load_recording
-from export.source import TOKENIZER_NAME, Checkpoint
+from export.proof.measure import THREADS
+from export.proof.parity import prove_parity
+from export.proof.recording import load_recording
 from export.stages.layout import DECODER, PARITY_NAME, write_spec
 
 

@@ -13,11 +13,11 @@ from edge_agent.contract.manifest import Manifest
 from edge_agent.fs import copy_durable
 from export.assembly import Parts, assemble, checkpoint_facts
 from export.bundle import fresh_directory, tool_versions
-from export.evaluate import without_curves
-from export.graph import load_graph
-from export.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
+from export.card.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
+from export.checkpoint.source import TOKENIZER_NAME
+from export.graphs.graph import load_graph
+from export.proof.evaluate import without_curves
 from export.signing import sign_bundle
-from export.source import TOKENIZER_NAME
 from export.stages.layout import MODEL_DIR, PROOF_NAME, read_spec
 from export.stages.prove import calibration_texts
 from export.stages.specialise import vocabulary_facts

@@ -15,18 +15,18 @@ import onnxruntime
 from edge_agent.contract.manifest import Target
 from export.assembly import Parts, assemble
 from export.boards import Board
-from export.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
-from export.evaluate import evaluate
-from export.evidence import Evidence, verification
-from export.greedy import GreedyDecoder, StepModel
-from export.measure import THREADS, bundle_backend
-from export.parity import Agreement, between
+from export.checkpoint.source import TOKENIZER_NAME
 from export.pipeline import Progress
+from export.proof.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
+from export.proof.evaluate import evaluate
+from export.proof.evidence import Evidence, verification
+from export.proof.greedy import GreedyDecoder, StepModel
+from export.proof.measure import THREADS, bundle_backend
+from export.proof.parity import Agreement, between
+from export.proof.testimony import retarget
 from export.request import Labelled
-from export.source import TOKENIZER_NAME
 from export.stages.layout import PROOF_NAME, link_or_copy, read_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
-from export.testimony import retarget
 from export.texts import TaskTexts
 
 HOST: Target = "cpu-x86_64"

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.graph import load_graph, save_graph
+from export.graphs.graph import load_graph, save_graph
 from export.pipeline import Progress
-from export.quantize import QuantSettings, quantize_int4
-from export.sensitivity import choose_int8, measure_sensitivity
+from export.quantisation.quantize import QuantSettings, quantize_int4
+from export.quantisation.sensitivity import choose_int8, measure_sensitivity
 from export.stages.layout import DECODER, SENSITIVITY_NAME, read_spec, write_spec
 from export.texts import TaskTexts
 

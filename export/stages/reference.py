@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.portable import export_portable
-from export.recording import record_reference
-from export.source import Checkpoint
+from export.checkpoint.source import Checkpoint
+from export.npu.portable import export_portable
+from export.proof.recording import record_reference
 
 
 def reference(checkpoint: Checkpoint, folder: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from edge_agent.errors import RefusedError
 from edge_agent.fs import sha256_file
-from export.distil import Distillation, distil
-from export.lessons import read_rows
+from export.checkpoint.source import Checkpoint
 from export.pipeline import Progress
-from export.prune import Pruning, drop_layers
-from export.recovery import Training
 from export.request import Shrinking
-from export.source import Checkpoint
+from export.smaller.distil import Distillation, distil
+from export.smaller.lessons import read_rows
+from export.smaller.prune import Pruning, drop_layers
+from export.smaller.recovery import Training
 from export.tasks import TaskFolder
 
 CHECKPOINT_DIR = "checkpoint"
@@ -36,7 +36,7 @@ def shrink(
 
     Raises:
         RefusedError: ``export.usage`` with several tasks.
-        EdgeError: what `export.prune` and `export.distil` raise.
+        EdgeError: what `export.smaller.prune` and `export.smaller.distil` raise.
     """
     if len(tasks) != 1:
         raise RefusedError(

@@ -11,21 +11,21 @@ from onnx import ModelProto
 
 from edge_agent.contract.manifest import ModelSpec
 from export.boards import Board
-from export.coarse_table import coarsen_table
-from export.compact import compact_scales
-from export.graph import load_graph, save_graph, save_graphs
-from export.half import check_headroom, peak_activations, to_half
-from export.int8_kv import measure_kv_scales, quantise_kv
+from export.checkpoint.source import Checkpoint
+from export.graphs.graph import load_graph, save_graph, save_graphs
+from export.graphs.half import check_headroom, peak_activations, to_half
+from export.graphs.int8_kv import measure_kv_scales, quantise_kv
+from export.graphs.pruned_head import prune_head
+from export.graphs.ragged import add_ragged
+from export.graphs.split_head import split_head
+from export.graphs.vocabulary import choose_vocabulary, reach
 from export.pipeline import Progress
-from export.pruned_head import prune_head
-from export.ragged import add_ragged
+from export.quantisation.coarse_table import coarsen_table
+from export.quantisation.compact import compact_scales
 from export.request import GraphOptions
-from export.source import Checkpoint
-from export.split_head import split_head
 from export.stages.layout import DECODER, HEAD, HEAD_IDS, MODEL_DIR, VOCABULARY_NAME, read_spec, write_spec
 from export.tasks import TaskFolder
 from export.texts import TaskTexts
-from export.vocabulary import choose_vocabulary, reach
 
 ACTIVATION_TEXTS = 64
 """Texts a task on which the reach of activations is measured: it settles after a few dozen."""

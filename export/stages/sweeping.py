@@ -11,14 +11,14 @@ from typing import Any
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.errors import PermanentError
-from export.evaluate import evaluate, greedy_backend
-from export.greedy import GreedyDecoder
-from export.measure import THREADS
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
 from export.pipeline import Progress
-from export.quantize import QuantSettings
-from export.source import TOKENIZER_NAME, Checkpoint
+from export.proof.evaluate import evaluate, greedy_backend
+from export.proof.greedy import GreedyDecoder
+from export.proof.measure import THREADS
+from export.quantisation.quantize import QuantSettings
+from export.quantisation.sweep import SWEEP_NAME, Judge, SweepInputs, sweep
 from export.stages.layout import DECODER, SENSITIVITY_NAME
-from export.sweep import SWEEP_NAME, Judge, SweepInputs, sweep
 from export.texts import TaskTexts
 
 JUDGED_EVENTS = 100

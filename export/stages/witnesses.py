@@ -12,12 +12,12 @@ from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError, RefusedError
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
-from export.arm64 import CPUS, arm64_interpreter
 from export.boards import Board
-from export.evidence import Evidence, check_agreement, run_here
-from export.measure import DEADLINE_S, THREADS
 from export.pipeline import Progress
-from export.testimony import Interpreter, prove_golden, prove_on_cpu
+from export.proof.arm64 import CPUS, arm64_interpreter
+from export.proof.evidence import Evidence, check_agreement, run_here
+from export.proof.measure import DEADLINE_S, THREADS
+from export.proof.testimony import Interpreter, prove_golden, prove_on_cpu
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def make_contenders(shape: str, say: Say, *, with_llama_cpp: bool) -> Contenders
     """Make everything, or find it in the cache; only our own bundles are built anew each time.
 
     Args:
-        shape: as `export.synth` names it.
+        shape: as `export.checkpoint.synth` names it.
         say: is told what happens.
         with_llama_cpp: whether llama.cpp itself is compiled.
     """

@@ -24,19 +24,19 @@ from onnx import ModelProto
 
 from edge_agent.contract.manifest import Manifest, ModelSpec, Resources, read_manifest
 from export.bundle import list_files, write_file, write_manifest
-from export.coarse_table import coarsen_table
-from export.compact import compact_scales
-from export.fusions import fuse_projections
-from export.graph import build_fp32, graph_shape, load_graph, save_graph, save_graphs
-from export.int8_kv import measure_kv_scales, quantise_kv
-from export.pruned_head import prune_head
-from export.quantize import QuantSettings, quantize_int4
-from export.ragged import add_ragged
-from export.source import TOKENIZER_NAME, Checkpoint, open_checkpoint
-from export.split_head import dynamic_head, split_head
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint, open_checkpoint
+from export.graphs.fusions import fuse_projections
+from export.graphs.graph import build_fp32, graph_shape, load_graph, save_graph, save_graphs
+from export.graphs.int8_kv import measure_kv_scales, quantise_kv
+from export.graphs.pruned_head import prune_head
+from export.graphs.ragged import add_ragged
+from export.graphs.split_head import dynamic_head, split_head
+from export.graphs.vocabulary import choose_vocabulary
+from export.quantisation.coarse_table import coarsen_table
+from export.quantisation.compact import compact_scales
+from export.quantisation.quantize import QuantSettings, quantize_int4
 from export.tasks import open_tasks
 from export.texts import TaskTexts
-from export.vocabulary import choose_vocabulary
 from tests.bench.cache import ROOT, cached, files_digest, versions_of
 from tests.bench.graph_passes import HELDOUT, OPTIONS_OF_A_CHOICE, TASK
 from tests.bench.made import REFERENCE, python_module, synthetic_checkpoint

@@ -21,7 +21,7 @@ from edge_agent.runtime.answer import Answer
 from edge_agent.runtime.bench import bench
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.golden import run_golden
-from export.greedy import GreedyDecoder
+from export.proof.greedy import GreedyDecoder
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.hostile_texts import HOSTILE_TEXTS, SCRIPTS
 

@@ -18,12 +18,12 @@ from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.session import KvCache
-from export.graph import load_graph, save_graphs
-from export.greedy import GreedyDecoder
-from export.int8_kv import measure_kv_scales, quantise_kv
-from export.pruned_head import prune_head
-from export.ragged import add_ragged
-from export.split_head import split_head
+from export.graphs.graph import load_graph, save_graphs
+from export.graphs.int8_kv import measure_kv_scales, quantise_kv
+from export.graphs.pruned_head import prune_head
+from export.graphs.ragged import add_ragged
+from export.graphs.split_head import split_head
+from export.proof.greedy import GreedyDecoder
 from tests.fakes.bundles import BundleVariant
 
 MakeVariant = Callable[[], BundleVariant]

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.task import load_task
 from export.build import BuildResult, Workplace, build
-from export.greedy import GreedyDecoder
+from export.checkpoint.synth import synthesise
 from export.progress import QuietProgress
-from export.quantize import QuantSettings
+from export.proof.greedy import GreedyDecoder
+from export.quantisation.quantize import QuantSettings
 from export.request import BuildRequest, Identity, Measurement
-from export.synth import synthesise
 
 TINY: dict[str, Any] = {
     "hidden_size": 128,

@@ -19,8 +19,8 @@ from edge_agent.errors import EdgeError
 from edge_agent.runtime.bundle import open_installed_bundle, open_signed_bundle
 from edge_agent.runtime.engine import Engine
 from export.build import BuildResult
-from export.greedy import GreedyDecoder
-from export.quantize import QuantSettings
+from export.proof.greedy import GreedyDecoder
+from export.quantisation.quantize import QuantSettings
 from export.request import Identity, Measurement, read_quality
 from export.signing import load_signing_key, sign_bundle
 from tests.export.conftest import EVENTS, TASK, Build

@@ -15,9 +15,9 @@ from edge_agent.errors import EdgeError
 from edge_agent.runtime.bundle import open_signed_bundle
 from export.__main__ import main
 from export.boards import TARGETS_DIR, buildable_board, load_boards
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import SHAPES, make_tokenizer, synthesise
 from export.signing import load_signing_key
-from export.source import open_checkpoint
-from export.synth import SHAPES, make_tokenizer, synthesise
 from tests.export.conftest import EVENTS
 
 ROOT = Path(__file__).resolve().parents[2]

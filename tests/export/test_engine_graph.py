@@ -12,17 +12,17 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 from edge_agent.errors import EdgeError
-from export.coarse_table import coarsen_table
-from export.compact import compact_scales
-from export.fusions import fuse_projections
-from export.graph import build_fp32, graph_shape, head_node, load_graph, save_graph, save_graphs
-from export.int8_kv import measure_kv_scales, quantise_kv
-from export.pruned_head import prune_head
-from export.quantize import Method, QuantSettings, quantize_int4
-from export.ragged import add_ragged
-from export.source import open_checkpoint
-from export.split_head import HIDDEN, dynamic_head, split_head
-from export.synth import synthesise
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.graphs.fusions import fuse_projections
+from export.graphs.graph import build_fp32, graph_shape, head_node, load_graph, save_graph, save_graphs
+from export.graphs.int8_kv import measure_kv_scales, quantise_kv
+from export.graphs.pruned_head import prune_head
+from export.graphs.ragged import add_ragged
+from export.graphs.split_head import HIDDEN, dynamic_head, split_head
+from export.quantisation.coarse_table import coarsen_table
+from export.quantisation.compact import compact_scales
+from export.quantisation.quantize import Method, QuantSettings, quantize_int4
 from tests.export.conftest import TINY
 
 Floats = npt.NDArray[np.float32]

@@ -14,12 +14,12 @@ import pytest
 from edge_agent.contract.event import Event
 from edge_agent.contract.task import GoldenExample, parse_task
 from edge_agent.errors import EdgeError, RefusedError
-from export.calibrate import MIN_ROWS, Trial, best_temperature, calibration_bytes
-from export.evaluate import Outcome, evaluate
-from export.greedy import Choice
-from export.measure import read_temperatures
-from export.reliability import expected_calibration_error
-from export.report import report_html_bytes
+from export.card.report import report_html_bytes
+from export.proof.calibrate import MIN_ROWS, Trial, best_temperature, calibration_bytes
+from export.proof.evaluate import Outcome, evaluate
+from export.proof.greedy import Choice
+from export.proof.measure import read_temperatures
+from export.proof.reliability import expected_calibration_error
 from tests.export.conftest import TASK
 
 SPEC = parse_task(TASK)

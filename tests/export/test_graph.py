@@ -12,13 +12,13 @@ import pytest
 
 from edge_agent.contract.manifest import ModelSpec, read_manifest
 from edge_agent.errors import EdgeError
-from export.graph import _check_rotary, build_fp32, graph_shape, save_graph
-from export.greedy import StepModel
-from export.parity import between
-from export.quantize import METHODS, QuantSettings, quantize_int4
-from export.source import open_checkpoint
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.graphs.graph import _check_rotary, build_fp32, graph_shape, save_graph
+from export.proof.greedy import StepModel
+from export.proof.parity import between
+from export.quantisation.quantize import METHODS, QuantSettings, quantize_int4
 from export.stages.fuse import fp32_spec
-from export.synth import synthesise
 from tests.export.conftest import TINY, change_config
 
 CONTEXT = 128

@@ -17,20 +17,20 @@ from edge_agent.contract.manifest import MANIFEST_NAME, ModelSpec, read_manifest
 from edge_agent.errors import EdgeError
 from export.boards import load_boards
 from export.bundle import list_files
-from export.evidence import check_agreement, verification
-from export.graph import build_fp32, load_graph, save_graph
-from export.greedy import StepModel
-from export.half import HEADROOM, LARGEST_HALF, check_headroom, peak_activations, to_half
-from export.int8_kv import measure_kv_scales, quantise_kv
+from export.checkpoint.source import open_checkpoint
+from export.graphs.graph import build_fp32, load_graph, save_graph
+from export.graphs.half import HEADROOM, LARGEST_HALF, check_headroom, peak_activations, to_half
+from export.graphs.int8_kv import measure_kv_scales, quantise_kv
+from export.graphs.ragged import add_ragged
+from export.graphs.split_head import split_head
 from export.progress import QuietProgress
-from export.quantize import QuantSettings, quantize_int4
-from export.ragged import add_ragged
+from export.proof.evidence import check_agreement, verification
+from export.proof.greedy import StepModel
+from export.proof.testimony import prove_golden, prove_on_cpu, this_interpreter
+from export.quantisation.quantize import QuantSettings, quantize_int4
 from export.request import GraphOptions, Identity
-from export.source import open_checkpoint
-from export.split_head import split_head
 from export.stages.fuse import fp32_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
-from export.testimony import prove_golden, prove_on_cpu, this_interpreter
 from tests.export.conftest import TASK, Build
 from tests.export.test_parity import TESTED, make_checkpoint
 

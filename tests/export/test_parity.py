@@ -14,16 +14,16 @@ from onnx import ModelProto, numpy_helper
 
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.errors import EdgeError
-from export.fusions import fuse_projections
-from export.graph import build_fp32, save_graph
-from export.greedy import Floats, StepModel
-from export.parity import TOLERANCE, Parity, against_recording, against_transformers, between, prove_parity
-from export.parting import Parting, find_parting
-from export.quantize import QuantSettings, quantize_int4
-from export.recording import Recording, observe
-from export.source import ARCHITECTURES, open_checkpoint
+from export.checkpoint.source import ARCHITECTURES, open_checkpoint
+from export.checkpoint.synth import SHAPES, synthesise
+from export.graphs.fusions import fuse_projections
+from export.graphs.graph import build_fp32, save_graph
+from export.proof.greedy import Floats, StepModel
+from export.proof.parity import TOLERANCE, Parity, against_recording, against_transformers, between, prove_parity
+from export.proof.parting import Parting, find_parting
+from export.proof.recording import Recording, observe
+from export.quantisation.quantize import QuantSettings, quantize_int4
 from export.stages.fuse import fp32_spec
-from export.synth import SHAPES, synthesise
 from tests.export.conftest import TINY, change_weights
 
 CONTEXT = 128

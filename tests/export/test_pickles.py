@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.graph import build_fp32, save_graph
-from export.greedy import StepModel
-from export.parity import against_transformers
-from export.source import open_checkpoint
+from export.checkpoint.source import open_checkpoint
+from export.graphs.graph import build_fp32, save_graph
+from export.proof.greedy import StepModel
+from export.proof.parity import against_transformers
 from export.stages.fuse import fp32_spec
 from tests.export.test_source_refusals import code_of
 

@@ -15,12 +15,12 @@ import pytest
 
 from edge_agent.errors import EdgeError
 from export.boards import buildable_board
+from export.checkpoint.source import open_checkpoint
 from export.pipeline import Pipeline
 from export.plan import Step, int4_bytes, plan, plan_lines, require_work_space, weigh
 from export.progress import LineProgress, QuietProgress
-from export.quantize import QuantSettings
+from export.quantisation.quantize import QuantSettings
 from export.request import BuildRequest, Identity
-from export.source import open_checkpoint
 from export.tasks import open_tasks
 from tests.export.conftest import Build
 

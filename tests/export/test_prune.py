@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError
-from export.importance import block_influences
-from export.lessons import Batch, LessonWriter, Row, read_rows
-from export.prune import Pruning, drop_layers, probe_batches
-from export.recovery import INT4_NEVER, Taught, Training, teach
-from export.smaller_checkpoint import load_model, read_provenance
-from export.source import open_checkpoint
-from export.synth import synthesise
-from export.teacher import Teacher, fit, write_lessons
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.smaller.importance import block_influences
+from export.smaller.lessons import Batch, LessonWriter, Row, read_rows
+from export.smaller.prune import Pruning, drop_layers, probe_batches
+from export.smaller.recovery import INT4_NEVER, Taught, Training, teach
+from export.smaller.smaller_checkpoint import load_model, read_provenance
+from export.smaller.teacher import Teacher, fit, write_lessons
 from tests.export.conftest import TINY, Build, change_config, change_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -309,9 +309,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from edge_agent.contract.task import load_task
-from export.lessons import read_rows
-from export.prune import Pruning, drop_layers
-from export.recovery import Training
+from export.smaller.lessons import read_rows
+from export.smaller.prune import Pruning, drop_layers
+from export.smaller.recovery import Training
 source, out, task_file, events, work = map(Path, sys.argv[1:])
 task = load_task(task_file)
 training = Training(minutes=None, steps=100_000, tokens=256, save_s=0)

@@ -13,19 +13,27 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
 from edge_agent.errors import EdgeError, PermanentError
-from export.block_weights import BlockWeights, GridRule, fits_float16, pack, round_to_grid, storable, unpack
-from export.compact import compact_scales
-from export.gptq import gptq_round, hessians
-from export.graph import build_fp32
-from export.grids import extremes, half_quadratic, least_squares
-from export.matrices import initializer, read_matrix, stored_matrices
-from export.parity import Agreement
-from export.probe import Probe, common_prefix
-from export.quantize import METHODS, Method, QuantSettings, quantise_matrix, quantize_int4
-from export.scoring import Scorer
-from export.sensitivity import Sensitivity, choose_int8, measure_sensitivity
-from export.source import open_checkpoint
-from export.synth import synthesise
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.graphs.graph import build_fp32
+from export.proof.parity import Agreement
+from export.quantisation.block_weights import (
+    BlockWeights,
+    GridRule,
+    fits_float16,
+    pack,
+    round_to_grid,
+    storable,
+    unpack,
+)
+from export.quantisation.compact import compact_scales
+from export.quantisation.gptq import gptq_round, hessians
+from export.quantisation.grids import extremes, half_quadratic, least_squares
+from export.quantisation.matrices import initializer, read_matrix, stored_matrices
+from export.quantisation.probe import Probe, common_prefix
+from export.quantisation.quantize import METHODS, Method, QuantSettings, quantise_matrix, quantize_int4
+from export.quantisation.scoring import Scorer
+from export.quantisation.sensitivity import Sensitivity, choose_int8, measure_sensitivity
 from tests.export.conftest import TINY
 
 CONTEXT = 128

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edge_agent.errors import EdgeError
-from export.recording import FACTS_NAME, TENSORS_NAME, Recording, _check_cache, load_recording, record_reference
-from export.source import open_checkpoint
-from export.synth import synthesise
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.proof.recording import FACTS_NAME, TENSORS_NAME, Recording, _check_cache, load_recording, record_reference
 from tests.export.conftest import TINY, change_config
 
 
@@ -94,8 +94,8 @@ def test_the_torch_model_is_gone_when_the_recording_is_done(llama: Path, tmp_pat
 RESIDENT = """
 import sys
 from pathlib import Path
-from export.recording import record_reference
-from export.source import open_checkpoint
+from export.proof.recording import record_reference
+from export.checkpoint.source import open_checkpoint
 
 def resident_bytes():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))

@@ -14,9 +14,9 @@ from edge_agent.runtime.bundle import PACKAGED_KEYS, VerifiedBundle, load_truste
 from edge_agent.runtime.engine import Engine
 from export.build import build
 from export.bundle import tool_versions
-from export.evaluate import evaluate, read_labelled
-from export.greedy import GreedyDecoder
-from export.measure import bundle_backend
+from export.proof.evaluate import evaluate, read_labelled
+from export.proof.greedy import GreedyDecoder
+from export.proof.measure import bundle_backend
 from export.reference.bundle_build import BUNDLE, HELDOUT, QUALITY, reference_request
 from tests.export.conftest import QUIET
 

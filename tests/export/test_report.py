@@ -23,12 +23,12 @@ from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.runtime.bench import bench
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
-from export.charts import WIDTH, Axis, Bar, Group, bars, round_step, short_count
-from export.commands_report import add_report
-from export.evaluate import Outcome, evaluate, without_curves
-from export.markup import bytes_text, coordinate, duration_text, element, share_text, text
-from export.reliability import bins, expected_calibration_error, risk_coverage, wilson_interval
-from export.report import HOW_TO, redrawn, report_html_bytes, report_json_bytes, size_by_part
+from export.card.charts import WIDTH, Axis, Bar, Group, bars, round_step, short_count
+from export.card.markup import bytes_text, coordinate, duration_text, element, share_text, text
+from export.card.report import HOW_TO, redrawn, report_html_bytes, report_json_bytes, size_by_part
+from export.commands.report import add_report
+from export.proof.evaluate import Outcome, evaluate, without_curves
+from export.proof.reliability import bins, expected_calibration_error, risk_coverage, wilson_interval
 from tests.export.conftest import TASK
 
 REFERENCE = Path(__file__).parents[2] / "export" / "reference"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from edge_agent.errors import EdgeError
-from export.source import open_checkpoint
+from export.checkpoint.source import open_checkpoint
 from tests.export.conftest import Build, change_config, change_weights
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import RefusedError
-from export.graph import build_fp32, save_graph
-from export.quantize import QuantSettings
-from export.source import open_checkpoint
-from export.sweep import (
+from export.checkpoint.source import open_checkpoint
+from export.graphs.graph import build_fp32, save_graph
+from export.quantisation.quantize import QuantSettings
+from export.quantisation.sweep import (
     SWEEP_NAME,
     Candidate,
     SweepInputs,

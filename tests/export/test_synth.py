@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoConfig
 
 from edge_agent.errors import EdgeError
-from export.source import MAX_PARAMETERS, open_checkpoint
-from export.synth import SHAPES, count_parameters, make_tokenizer, synthesise
+from export.checkpoint.source import MAX_PARAMETERS, open_checkpoint
+from export.checkpoint.synth import SHAPES, count_parameters, make_tokenizer, synthesise
 from tests.export.conftest import TINY
 
 # As the models' own pages and weight files have them.

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError
-from export.arm64 import arm64_interpreter
 from export.boards import TARGETS_DIR, Board, Verification, load_boards
-from export.evidence import WEAKEST_FIRST, Evidence, check_agreement, run_here, verification
-from export.testimony import Interpreter, ask, prove_golden, this_interpreter
+from export.proof.arm64 import arm64_interpreter
+from export.proof.evidence import WEAKEST_FIRST, Evidence, check_agreement, run_here, verification
+from export.proof.testimony import Interpreter, ask, prove_golden, this_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "export/reference/bundle"

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from edge_agent.errors import EdgeError
-from export.source import open_checkpoint
-from export.synth import EOS, make_tokenizer
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import EOS, make_tokenizer
 from tests.export.conftest import change_config
 from tests.export.test_source_refusals import code_of
 

@@ -11,9 +11,9 @@ import pytest
 
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.encoder import TextEncoder
-from export.source import TOKENIZER_NAME, Checkpoint, open_checkpoint
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint, open_checkpoint
+from export.graphs.vocabulary import Vocabulary, choose_vocabulary, reach, read_texts
 from export.tasks import TaskFolder, open_tasks
-from export.vocabulary import Vocabulary, choose_vocabulary, reach, read_texts
 from tests.export.conftest import TASK
 from tests.fakes import tokenizers
 

@@ -12,15 +12,15 @@ from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
 from export.assembly import Parts, assemble
 from export.boards import load_boards
-from export.graph import build_fp32, save_graph
-from export.npu import StaticModel, quantise_windows
-from export.portable import export_portable
-from export.qdq import FixedPoint
+from export.checkpoint.source import Checkpoint, open_checkpoint
+from export.graphs.graph import build_fp32, save_graph
+from export.npu.portable import export_portable
+from export.npu.qdq import FixedPoint
+from export.npu.static_graph import StaticShape, build_windows
+from export.npu.windows import StaticModel, quantise_windows
 from export.request import Identity
-from export.source import Checkpoint, open_checkpoint
 from export.stages.fuse import fp32_spec
 from export.stages.layout import DECODER, link_or_copy, write_spec
-from export.static_graph import StaticShape, build_windows
 from export.tasks import TaskFolder, open_tasks
 from export.texts import TaskTexts
 

@@ -15,10 +15,10 @@ import pytest
 
 import edge_agent
 from edge_agent.contract.manifest import read_manifest
-from export.arm64 import CPUS, DEFAULT_ROOT, Cpu, arm64_interpreter, run_in_arm64
 from export.boards import load_boards
-from export.evidence import verification
-from export.testimony import ask, prove_golden, retarget, this_interpreter
+from export.proof.arm64 import CPUS, DEFAULT_ROOT, Cpu, arm64_interpreter, run_in_arm64
+from export.proof.evidence import verification
+from export.proof.testimony import ask, prove_golden, retarget, this_interpreter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = REPOSITORY / DEFAULT_ROOT

@@ -13,9 +13,9 @@ import pytest
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.engine import Engine
 from export.boards import load_boards
-from export.evidence import check_agreement, verification
-from export.npu import StaticModel
-from export.testimony import Interpreter, ask, prove_golden, this_interpreter
+from export.npu.windows import StaticModel
+from export.proof.evidence import check_agreement, verification
+from export.proof.testimony import Interpreter, ask, prove_golden, this_interpreter
 from tests.npu.conftest import REPOSITORY, MakeBundle
 from tests.npu.test_qnn import decisions, held_out
 

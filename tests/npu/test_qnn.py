@@ -19,15 +19,15 @@ from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.static_session import StaticSession
 from export.boards import Board, Soc, load_boards
-from export.evidence import Evidence, check_agreement, run_here, verification
-from export.graph import load_graph, save_graph
-from export.npu import PRECISIONS, StaticModel, calibration_feeds, compile_windows, quantise_windows
-from export.portable import export_portable
-from export.qdq import FixedPoint, Scale, observe, to_fixed_point
-from export.qnn import compile_graph, layer_of
-from export.source import open_checkpoint
-from export.static_graph import StaticShape, build_windows
-from export.synth import synthesise
+from export.checkpoint.source import open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.graphs.graph import load_graph, save_graph
+from export.npu.portable import export_portable
+from export.npu.qdq import FixedPoint, Scale, observe, to_fixed_point
+from export.npu.qnn import compile_graph, layer_of
+from export.npu.static_graph import StaticShape, build_windows
+from export.npu.windows import PRECISIONS, StaticModel, calibration_feeds, compile_windows, quantise_windows
+from export.proof.evidence import Evidence, check_agreement, run_here, verification
 from tests.export.conftest import TINY
 from tests.npu.conftest import HELD_OUT, Fixed, MakeBundle, engine_of
 
@@ -185,7 +185,7 @@ def test_compiler_and_plugin_open_no_connection(
     source, trace = found.folder / "model/window-1.onnx", tmp_path / "trace"
     request = {"source": str(source), "target": str(tmp_path / "out.onnx"), "htp_arch": soc.htp_arch, "soc_model": 0}
     subprocess.run(
-        ["strace", "-f", "-e", "trace=%network", "-o", str(trace), sys.executable, "-m", "export.qnn_compiler"],
+        ["strace", "-f", "-e", "trace=%network", "-o", str(trace), sys.executable, "-m", "export.npu.qnn_compiler"],
         input=json.dumps(request).encode(),
         check=True,
         timeout=100,

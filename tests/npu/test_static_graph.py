@@ -17,12 +17,12 @@ from edge_agent.contract.manifest import MASKED_BIAS
 from edge_agent.errors import EdgeError, PermanentError, RefusedError
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.static_session import StaticSession
-from export.graph import load_graph, save_graph
-from export.npu import StaticModel
-from export.portable import export_portable
-from export.source import Checkpoint, open_checkpoint
-from export.static_graph import StaticShape, build_static, build_windows
-from export.synth import synthesise
+from export.checkpoint.source import Checkpoint, open_checkpoint
+from export.checkpoint.synth import synthesise
+from export.graphs.graph import load_graph, save_graph
+from export.npu.portable import export_portable
+from export.npu.static_graph import StaticShape, build_static, build_windows
+from export.npu.windows import StaticModel
 from tests.export.conftest import TINY
 from tests.npu.conftest import HELD_OUT, MakeBundle, engine_of
 

@@ -20,7 +20,7 @@ from export.reference.forward import hidden_states
 from export.reference.generator import generate
 from export.reference.tokenizer import load_tokenizer
 from export.reference.train import Shape, Trainer, Training, build_model, rate_at
-from export.rounding import int4_weights, round_to_int4
+from export.smaller.rounding import int4_weights, round_to_int4
 
 TINY = Shape(hidden=64, layers=2, heads=2, key_value_heads=1, intermediate=96, positions=256)
 SHORT = Training(steps=20, tokens=600, tokenizer_events=1500, validation_events=8, int4_from=0.7, threads=1)
