@@ -34,6 +34,7 @@ test: $(STAMPS)/dev ## every test but the slow ones (TEST_ARGS="-k spool")
 test-slow: $(STAMPS)/dev ## the slow ones: other processors emulated, whole models, the demo
 	@.ci/debian_packages.sh $$(.ci/test_packages.sh) || echo "tests that need them are reported as not run"
 	@PYTHON=$(BIN)/python .ci/arm64_root.sh || echo "tests on an emulated Arm are reported as not run"
+	@PYTHON=$(BIN)/python .ci/openvino_venv.sh || echo "tests with OpenVINO are reported as not run"
 	ORT_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile -m slow $(TEST_ARGS)
 
 check: check-format check-lint check-types check-imports check-ansible check-units ## format, lint, types, import rules, Ansible and systemd files
