@@ -84,7 +84,7 @@ def synthetic_checkpoint(shape: str) -> Path:
     """Random weights in a published shape, as ``edge-export synth`` makes them."""
     key = {
         "shape": shape,
-        "synth": files_digest(ROOT / "export" / "synth.py"),
+        "synth": files_digest(ROOT / "export" / "checkpoint" / "synth.py"),
         "versions": versions_of("torch", "transformers", "tokenizers", "safetensors"),
     }
 
