@@ -97,7 +97,8 @@ def size_figures(shape: str, contenders: Contenders) -> Iterator[Figure]:
         optimum_bytes = sum(file.stat().st_size for file in contenders.optimum.glob("model.onnx*"))
         yield Figure(f"{shape}.optimum_mb", f"{shape}: optimum + MatMulNBits, the graph", optimum_bytes / MB, "MB")
     yield from _sizes_of(shape, "", "INT4", contenders.built, gguf, SIZE)
-    yield from _sizes_of(shape, "_head_8k", "INT4, 8k-row head, rare rows in 2 bits", contenders.pruned, gguf, SIZE_PRUNED)
+    small = "INT4, 8k-row head, rare rows in 2 bits"
+    yield from _sizes_of(shape, "_head_8k", small, contenders.pruned, gguf, SIZE_PRUNED)
 
 
 def _sizes_of(
