@@ -24,7 +24,7 @@ from export.plan import Plan, free_bytes_at, plan, require_work_space
 from export.request import BuildRequest, read_all_labelled
 from export.stages.fixed_shapes import chosen_soc
 from export.stages.package import package
-from export.tasks import open_tasks
+from export.tasks import check_answers, open_tasks
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def _check(request: BuildRequest, scratch: Path) -> Given:
     )
     context_tokens = min(checkpoint.max_positions, request.max_context_tokens)
     tasks = tuple(open_tasks(request.tasks, context_tokens))
+    check_answers(tasks, checkpoint)
     return Given(board, checkpoint, context_tokens, tasks, read_all_labelled(request.measurement, list(tasks)))
 
 

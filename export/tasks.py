@@ -8,6 +8,10 @@ from pathlib import Path
 
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import RefusedError
+from edge_agent.runtime.encoder import TextEncoder
+from edge_agent.runtime.grammar import compile_plan
+from edge_agent.runtime.guided import GuidedGrammars
+from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
 from export.proof.calibrate import CALIBRATION_NAME
 
 TASK_NAME = "task.yaml"
@@ -39,6 +43,19 @@ class TaskFolder:
     def _present(self, *names: str) -> dict[str, Path]:
         present = [name for name in names if (self.path / name).is_file()]
         return {f"tasks/{self.spec.name}/{name}": self.path / name for name in present}
+
+
+def check_answers(tasks: Sequence[TaskFolder], checkpoint: Checkpoint) -> None:
+    """Compile every task's answers with the checkpoint's tokenizer, as the device will.
+
+    Raises:
+        EdgeError: ``task.*`` or ``bundle.unsupported`` for a schema that cannot be compiled, or a tokenizer that cannot
+            write its answers.
+    """
+    encoder = TextEncoder(checkpoint.path / TOKENIZER_NAME, checkpoint.vocab_size)
+    grammars = GuidedGrammars(encoder, checkpoint.vocab_size, checkpoint.eos_token_id)
+    for task in tasks:
+        compile_plan(task.spec, encoder, lambda: grammars)
 
 
 def open_tasks(folders: Sequence[Path], max_context_tokens: int) -> list[TaskFolder]:

@@ -11,6 +11,7 @@ import onnxruntime
 
 from edge_agent.errors import RefusedError
 from export.boards import Board, Soc
+from export.checkpoint.source import Checkpoint
 from export.npu.static_graph import StaticShape, build_windows
 from export.npu.windows import PRECISIONS, StaticModel, compile_windows, quantise_windows
 from export.pipeline import Progress
@@ -36,7 +37,7 @@ def fix_shapes(
         EdgeError: ``export.static_shape``, ``export.calibration_missing``, ``export.npu_*``.
     """
     board = speciality.board
-    shape = StaticShape(past_tokens=board.past_tokens or 0, windows=board.window_tokens)
+    shape = shape_for(board, speciality.checkpoint)
     with TemporaryDirectory(dir=folder) as scratch:
         full = Path(scratch) / "fp32"
         model = StaticModel(full, build_windows(speciality.checkpoint, portable, shape, full))
@@ -49,6 +50,13 @@ def fix_shapes(
             model = compile_windows(model, soc, Path(scratch) / "compiled", progress.line)
         shutil.copytree(model.folder / MODEL_DIR, folder / MODEL_DIR)
     write_spec(folder, model.spec)
+
+
+def shape_for(board: Board, checkpoint: Checkpoint) -> StaticShape:
+    """The target's shape, or less where the model itself looks back less far."""
+    reach = min(checkpoint.max_positions, int(checkpoint.config.get("sliding_window") or checkpoint.max_positions))
+    past_tokens = min(board.past_tokens or reach, reach)
+    return StaticShape(past_tokens, tuple(tokens for tokens in board.window_tokens if tokens <= past_tokens))
 
 
 def chosen_soc(board: Board, name: str | None) -> Soc | None:
