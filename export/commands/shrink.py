@@ -55,7 +55,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, help="of training, about (default 10)")
     budget.add_argument("--steps", type=int, help="of training, exactly: repeats a run on the same kind of machine")
-    parser.add_argument("--rate", type=float, help="highest learning rate (default 0.001)")
+    parser.add_argument(
+        "--rate", type=float, help="highest learning rate (default 0.0001 after pruning, 0.001 for a student)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="for the training (default 1)")
     parser.add_argument("--no-int4", action="store_true", help="do not train the last part with rounded weights")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
@@ -63,20 +65,22 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def _prune(arguments: argparse.Namespace) -> int:
     from export.smaller.prune import Pruning, drop_layers
+    from export.smaller.recovery import PRUNED_RATE
 
-    training = None if arguments.no_recovery else _training(arguments)
+    training = None if arguments.no_recovery else _training(arguments, PRUNED_RATE)
     wanted = Pruning(arguments.drop_layers, training)
     return _run(arguments, lambda **given: drop_layers(pruning=wanted, **given))
 
 
 def _distil(arguments: argparse.Namespace) -> int:
     from export.smaller.distil import Distillation, distil
+    from export.smaller.recovery import STUDENT_RATE
 
-    wanted = Distillation(arguments.into, _training(arguments))
+    wanted = Distillation(arguments.into, _training(arguments, STUDENT_RATE))
     return _run(arguments, lambda **given: distil(wanted=wanted, **given))
 
 
-def _training(arguments: argparse.Namespace) -> Any:
+def _training(arguments: argparse.Namespace, usual_rate: float) -> Any:
     from export.smaller.recovery import INT4_NEVER, Training
 
     plain = Training()
@@ -87,7 +91,7 @@ def _training(arguments: argparse.Namespace) -> Any:
         if arguments.minutes is None
         else arguments.minutes,
         steps=arguments.steps,
-        peak_rate=plain.peak_rate if arguments.rate is None else arguments.rate,
+        peak_rate=usual_rate if arguments.rate is None else arguments.rate,
         threads=arguments.threads,
         int4_from=INT4_NEVER if arguments.no_int4 else plain.int4_from,
     )

@@ -33,7 +33,7 @@ from export.reference.generator import generate
 from export.smaller.distil import Beginning, Distillation, distil
 from export.smaller.lessons import Row
 from export.smaller.prune import Pruning, drop_layers
-from export.smaller.recovery import Training
+from export.smaller.recovery import PRUNED_RATE, Training
 from export.tasks import TASK_NAME
 
 EVENTS_SEED = 4242
@@ -41,7 +41,7 @@ SPEED_EVENTS, SPEED_ROUNDS = 100, 7
 STEP_TOKENS = 1152
 """About 16 events: a short training needs many steps more than it needs quiet ones."""
 
-PRUNED_RATE, DISTILLED_RATE = 1e-3, 1.5e-3
+DISTILLED_RATE = 1.5e-3
 DISTILLED_BUDGET = 3
 """How much longer a student learns than a pruned model recovers: it begins far from its teacher."""
 

@@ -32,6 +32,12 @@ class Fit:
     loss_nats: float
     right: float
 
+    def is_better_than(self, other: Fit) -> bool:
+        """Whether it is nearer to the teacher, or to the answers where there is no teacher; as near will do."""
+        if self.kl_nats is None or other.kl_nats is None:
+            return self.loss_nats <= other.loss_nats
+        return self.kl_nats <= other.kl_nats
+
     def as_dict(self) -> dict[str, float | None]:
         """JSON form, four decimals."""
         return {

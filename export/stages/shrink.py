@@ -14,7 +14,7 @@ from export.request import Shrinking
 from export.smaller.distil import Distillation, distil
 from export.smaller.lessons import read_rows
 from export.smaller.prune import Pruning, drop_layers
-from export.smaller.recovery import Training
+from export.smaller.recovery import PRUNED_RATE, STUDENT_RATE, Training
 from export.tasks import TaskFolder
 
 CHECKPOINT_DIR = "checkpoint"
@@ -43,7 +43,11 @@ def shrink(
             "export.usage", "a smaller checkpoint is made for one task: build each task's bundle by itself"
         )
     task = tasks[0].spec
-    training = Training(minutes=None if wanted.steps else wanted.minutes, steps=wanted.steps)
+    training = Training(
+        minutes=None if wanted.steps else wanted.minutes,
+        steps=wanted.steps,
+        peak_rate=PRUNED_RATE if wanted.distil_into is None else STUDENT_RATE,
+    )
     given: dict[str, Any] = {
         "source": checkpoint.path,
         "out": folder / CHECKPOINT_DIR,

@@ -352,3 +352,16 @@ def stop_after(lines: list[str]) -> Any:
             raise KeyboardInterrupt
 
     return log
+
+
+def test_training_that_makes_it_worse_is_undone(llama: Path, tmp_path: Path, task: TaskSpec) -> None:
+    pupil = Pupil(llama, task)
+    first = {name: tensor.clone() for name, tensor in pupil.student.state_dict().items()}
+    lines: list[str] = []
+    ruinous = Training(minutes=None, steps=6, peak_rate=0.9, int4_from=2.0)
+    taught = teach(pupil.student, Teacher(pupil.whole), pupil.lessons, ruinous, tmp_path, lines.append)
+    assert not taught.kept
+    assert not taught.after.is_better_than(taught.before)
+    assert any("undone" in line for line in lines)
+    for name, tensor in pupil.student.state_dict().items():
+        assert torch.equal(tensor, first[name]), name
