@@ -142,9 +142,15 @@ def plan(
     recording_bytes = 4 * RECORDED_POSITIONS * (checkpoint.vocab_size + hidden)
     steps = [
         Step("source", f"check {checkpoint.architecture}, {checkpoint.parameters:,} parameters", 0, TORCH_BYTES),
+        *_shrinking(request, weights),
         Step("reference", "record what transformers answers", recording_bytes, TORCH_BYTES + fp32_bytes),
         Step("fuse", "fused fp32 graph, held against the recording", fp32_bytes, TORCH_BYTES + 3 * fp32_bytes),
     ]
+    if request.sweep_s is not None:
+        steps.append(Step("sweep", f"combinations for {request.sweep_s:.0f} s", 0, TORCH_BYTES + 4 * fp32_bytes))
+    if board.source == "portable":
+        steps.append(Step("portable", "standard operators, by optimum", fp32_bytes, TORCH_BYTES + 3 * fp32_bytes))
+        shipped_bytes = int(len(board.window_tokens) * fp32_bytes * _share_of_fp32(request.precision))
     if request.precision == "int4":
         shipped_bytes = int4_bytes(weights, request.quantisation) + structure_bytes
         steps.append(Step("quantise", request.quantisation.label, shipped_bytes, TORCH_BYTES + 3 * fp32_bytes))
@@ -156,6 +162,19 @@ def plan(
         Step("package", "report card, manifest, signature", shipped_bytes, TORCH_BYTES),
     ]
     return Plan(board.name, tuple(steps), 2 * shipped_bytes + WORKER_BYTES, board.memory_budget_bytes, free_bytes)
+
+
+def _shrinking(request: BuildRequest, weights: Weights) -> list[Step]:
+    """A student or what is left of the model, with gradients and the optimiser's two means."""
+    if request.shrinking is None:
+        return []
+    what = f"drop {request.shrinking.drop_layers} layer(s)" if request.shrinking.drop_layers else "teach a student"
+    return [Step("shrink", f"{what}, train", 4 * weights.elements, TORCH_BYTES + 20 * weights.elements)]
+
+
+def _share_of_fp32(precision: str) -> float:
+    """Size of a weight beside four bytes."""
+    return {"a16w8": 0.25, "a16w4": 0.14}.get(precision, 1.0)
 
 
 def _structure_bytes(checkpoint: Checkpoint, max_context_tokens: int) -> int:

@@ -64,7 +64,10 @@ def gather_evidence(board: Board, bundle: Path, elsewhere: Elsewhere, progress: 
         check_agreement(board, one)
     for one in found:
         where = f"{one.machine}, {one.emulator}" if one.emulator else one.machine
-        progress.line(f"engine: {one.same} of {one.events} golden examples right with {one.provider} ({where})")
+        right = (
+            f"{one.same} of {one.events} golden examples right" if one.events else "loads; no golden examples to answer"
+        )
+        progress.line(f"engine: {right} with {one.provider} ({where})")
     return found
 
 
