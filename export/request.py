@@ -24,18 +24,18 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 @dataclass(frozen=True)
 class Identity:
-    """What the bundle is called.
-
-    Raises:
-        RefusedError: ``export.name_invalid`` for what no path or topic could carry.
-    """
+    """What the bundle is called, and for which target it is made."""
 
     name: str
     version: str
     target: str
 
     def check(self) -> None:
-        """Refuse names before any work begins."""
+        """Refuse what no path or topic could carry, before any work begins.
+
+        Raises:
+            RefusedError: ``export.name_invalid``.
+        """
         for what, value in (("name", self.name), ("version", self.version)):
             try:
                 _NAME.validate_python(value)
