@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.contract.manifest import Manifest
 from export.boards import buildable_board
-from export.bundle import check_out, tool_versions
+from export.bundle import STAGE_TOOLS, check_out, tool_versions
 from export.chain import Chain, Given
 from export.checkpoint.source import open_checkpoint
 from export.pipeline import Pipeline, Progress, StageTiming
@@ -76,7 +76,7 @@ def build(request: BuildRequest, out: Path, key: Ed25519PrivateKey, place: Workp
             work folder for the next try.
     """
     _check_words(request, out, place)
-    pipeline = Pipeline(_work(out, place), place.progress, tool_versions())
+    pipeline = Pipeline(_work(out, place), place.progress, tool_versions(STAGE_TOOLS))
     with pipeline.opened(keep=place.work is not None):
         with pipeline.watched("source"):
             given = _check(request, pipeline.scratch())

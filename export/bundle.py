@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +26,10 @@ TOOLS = (
     "torch",
     "transformers",
 )
+
+
+STAGE_TOOLS = (*TOOLS, "optimum-onnx", "onnxruntime-qnn")
+"""Those for accelerators too: with them a stage may come out otherwise, or prove more."""
 
 
 @contextlib.contextmanager
@@ -90,10 +94,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_file(folder, MANIFEST_NAME, manifest.to_bytes())
 
 
-def tool_versions() -> dict[str, str]:
+def tool_versions(names: Iterable[str] = TOOLS) -> dict[str, str]:
     """Versions of the libraries that shape the bytes; build variants (``+cpu``) left out."""
     found: dict[str, str] = {}
-    for name in TOOLS:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name).partition("+")[0]
     return found
