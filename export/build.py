@@ -21,7 +21,7 @@ from export.chain import Chain, Given
 from export.checkpoint.source import open_checkpoint
 from export.pipeline import Pipeline, Progress, StageTiming
 from export.plan import Plan, free_bytes_at, plan, require_work_space
-from export.request import BuildRequest, read_all_labelled
+from export.request import BuildRequest, check_options, read_all_labelled
 from export.stages.fixed_shapes import chosen_soc
 from export.stages.package import package
 from export.tasks import check_answers, open_tasks
@@ -120,7 +120,7 @@ def _check_words(request: BuildRequest, out: Path, place: Workplace) -> None:
     check_out(out, force=place.force)
     request.identity.check()
     board = buildable_board(request.identity.target)
-    board.check_precision(request.precision)
+    check_options(request, board)
     chosen_soc(board, request.soc)
 
 

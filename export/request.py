@@ -13,7 +13,7 @@ from edge_agent.contract.manifest import Name
 from edge_agent.contract.task import GoldenExample
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import sha256_file
-from export.boards import Precision
+from export.boards import Board, Precision
 from export.proof.evaluate import read_labelled
 from export.quantisation.quantize import QuantSettings
 from export.stages.witnesses import Elsewhere
@@ -151,6 +151,29 @@ class BuildRequest:
     max_context_tokens: int = 2048
     measurement: Measurement = field(default_factory=Measurement)
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+
+
+def check_options(request: BuildRequest, board: Board) -> None:
+    """Refuse what contradicts itself or the target, before any file is opened.
+
+    Raises:
+        RefusedError: ``export.usage``, ``export.precision_unsupported`` or ``export.option_unsuitable``.
+        PermanentError: ``export.data_unreadable`` for a text that is not there.
+    """
+    board.check_precision(request.precision)
+    if not 0 <= request.int8_share <= 1:
+        raise RefusedError("export.usage", f"--int8-share is a share from 0 to 1, not {request.int8_share:g}")
+    if request.sweep_s is not None and not request.sweep_s > 0:
+        raise RefusedError("export.usage", f"--sweep takes seconds above zero, not {request.sweep_s:g}")
+    if request.precision != "int4" and (request.sweep_s is not None or request.int8_share):
+        raise RefusedError("export.option_unsuitable", f"--sweep and --int8-share need int4, not {request.precision}")
+    if board.source == "portable" and request.graph != GraphOptions():
+        raise RefusedError(
+            "export.option_unsuitable", f"{board.name} has static graphs: no pruned or split head, no other caches"
+        )
+    for file in (*request.graph.vocabulary, *request.graph.vocab_heldout):
+        if not file.is_file():
+            raise PermanentError("export.data_unreadable", f"cannot read {file}: no such file")
 
 
 def read_quality(path: Path) -> dict[str, Any]:

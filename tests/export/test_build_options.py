@@ -151,6 +151,31 @@ def test_schema_that_cannot_be_compiled_is_refused_before_the_work(llama: Path, 
 
 
 @pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--int8-share", "7"], "export.usage"),
+        (["--int8-share", "nan"], "export.usage"),
+        (["--sweep", "-5"], "export.usage"),
+        (["--sweep", "60", "--precision", "fp32"], "export.option_unsuitable"),
+        (["--vocab-from", "not-there.txt"], "export.data_unreadable"),
+        (["--target", "openvino", "--kv", "int8"], "export.option_unsuitable"),
+    ],
+)
+def test_option_that_cannot_be_is_refused_before_the_work(
+    options: list[str],
+    code: str,
+    llama: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["build", str(llama), "--target", "cpu-x86_64", "--task", str(task_folder), "--dry-run"]
+    assert main([*arguments, "--out", str(tmp_path / "o"), *options]) in (1, 2)
+    assert code in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     "options",
     [
         ["--drop-layers", "1"],
