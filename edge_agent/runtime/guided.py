@@ -168,8 +168,15 @@ class GuidedGrammars:
             after=after,
             max_tokens=value_tokens + len(after.encode()) + _EXTRA_TOKENS,
             close_at=value_tokens,
-            closing_ids=frozenset(self._encoder.encode('"')[-1:]),
+            closing_ids=self._closing_ids(),
             template=template,
             tokenizer=self._tokenizer,
             head=self._head,
         )
+
+    def _closing_ids(self) -> frozenset[int]:
+        """The tokens that close a string: its quote, or the quote's byte where the head lacks the quote."""
+        quote = self._encoder.encode('"')[-1]
+        if quote in self._head:
+            return frozenset({quote})
+        return frozenset(self._encoder.spelling.by_bytes(quote)[-1:])

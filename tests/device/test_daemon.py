@@ -175,6 +175,7 @@ def test_decisions_made_while_the_broker_is_away_are_delivered_when_it_is_back(
     daemon.kill_worker(signal.SIGSTOP)  # the backlog builds up in the inbox
     for number in range(30):
         peer.deliver(EVENTS, an_event(number))
+    wait_until(lambda: _in_spool(daemon, "inbox") > 0, 30.0)  # the broker has them all; the daemon shall have some
     proxy.refuse()
     wait_until(lambda: _in_spool(daemon, "inbox") == 0, 30.0)
     assert _in_spool(daemon, "outbox") > 0
