@@ -18,7 +18,7 @@ from export.checkpoint.source import open_checkpoint
 from export.quantisation.quantize import QuantSettings
 from export.request import GraphOptions, Identity, Measurement, Shrinking
 from export.stages.fixed_shapes import shape_for
-from tests.export.conftest import EVENTS, TASK, Build, change_config
+from tests.export.conftest import TASK, Build, change_config
 
 
 @pytest.fixture
@@ -190,18 +190,23 @@ def test_shrinking_without_all_it_needs_is_wrong_usage(options: list[str], llama
 
 @pytest.mark.needs("module:onnxruntime_qnn")
 @pytest.mark.slow
-def test_build_for_a_qualcomm_chip_is_emulated_and_says_so(
-    make_bundle: Build, task_folder: Path, tmp_path: Path
+def test_build_for_a_qualcomm_chip_without_golden_examples_is_compiled_and_no_more(
+    make_bundle: Build, plain_task: Any, events: Path, tmp_path: Path
 ) -> None:
+    # Random weights hardly prefer one answer to another: which one, fixed point may turn. What is right on the emulator
+    # is shown with the reference model (tests/npu/test_qnn.py).
     result: BuildResult = make_bundle(
-        tmp_path / "bundle", identity=Identity("tiny", "1", "qnn-htp"), precision="a16w8", soc="QCS8550"
+        tmp_path / "bundle",
+        identity=Identity("tiny", "1", "qnn-htp"),
+        precision="a16w8",
+        soc="QCS8550",
+        tasks=plain_task,
+        measurement=Measurement(calibrate_on={"sort": events}),
     )
-    assert result.report["verification"] == "emulated"
-    words = {record["word"] for record in result.report["evidence"]}
-    assert words == {"compiled", "emulated"}
+    assert result.report["verification"] == "compiled"
+    assert {record["word"] for record in result.report["evidence"]} == {"compiled", "unverified"}
     manifest: Manifest = read_manifest(tmp_path / "bundle")[0]
     assert manifest.model.graph_interface == 2
-    assert len(EVENTS) == next(record["events"] for record in result.report["evidence"] if record["events"])
 
 
 def test_build_for_openvino_without_openvino_is_unverified(make_bundle: Build, plain_task: Any, tmp_path: Path) -> None:
