@@ -23,9 +23,9 @@ import torch
 from onnx import ModelProto
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.onnx.model_configs import Gemma3TextOnnxConfig
-from transformers import AutoModelForCausalLM
 
 from edge_agent.errors import PermanentError
+from export.checkpoint.model import load_model
 from export.checkpoint.source import Checkpoint
 from export.graphs.graph import save_graph
 
@@ -71,19 +71,7 @@ class _GemmaWithPositions(Gemma3TextOnnxConfig):
 
 def _export(checkpoint: Checkpoint, scratch: Path) -> None:
     with _silence():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="eager",
-            ).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise PermanentError(
-                "export.reference_failed", f"transformers cannot load the checkpoint: {error}"
-            ) from error
+        model = load_model(checkpoint)
         try:
             own = {}
             if checkpoint.architecture == "gemma3_text":

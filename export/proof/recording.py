@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM
 
 from edge_agent.errors import PermanentError
+from export.checkpoint.model import load_model
 from export.checkpoint.source import Checkpoint
 
 TENSORS_NAME = "recording.safetensors"
@@ -155,7 +155,7 @@ def observe(
     prefill: list[int] = rng.integers(0, checkpoint.vocab_size, prefill_tokens).tolist()
     try:
         with _one_thread(), torch.inference_mode():
-            model = _load_reference(checkpoint)
+            model = load_model(checkpoint)
             ids, cached = _decode_greedily(model, prefill, decode_steps)  # cached: [decode + 1, vocab]
             with _watched_layers(model, int(checkpoint.config["num_hidden_layers"])) as seen:
                 full = model(torch.tensor([ids]), use_cache=False).logits[0]  # [prefill + decode, vocab]
@@ -273,21 +273,6 @@ def _first_positions(streams: list[torch.Tensor], positions: int) -> Floats:
 def _first(output: Any) -> torch.Tensor:
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
-
-
-def _load_reference(checkpoint: Checkpoint) -> torch.nn.Module:
-    try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PermanentError("export.reference_failed", f"transformers cannot load the checkpoint: {error}") from error
-    return model.eval()
 
 
 def _return_memory() -> None:

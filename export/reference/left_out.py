@@ -11,6 +11,7 @@ import sys
 from itertools import islice
 
 from edge_agent.contract.task import load_task
+from export.checkpoint.model import load_model
 from export.checkpoint.source import open_checkpoint
 from export.proof.evaluate import read_labelled
 from export.reference.bundle_build import CHECKPOINT, HELDOUT, TASK_FOLDER
@@ -20,7 +21,6 @@ from export.smaller.importance import choose_layers, only_layers
 from export.smaller.lessons import LessonWriter, Row, batches
 from export.smaller.prune import PROBE_LESSONS, probe_batches
 from export.smaller.recovery import Training, torch_threads
-from export.smaller.smaller_checkpoint import load_model
 from export.smaller.teacher import Teacher, fit
 from export.tasks import TASK_NAME
 

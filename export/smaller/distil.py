@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from edge_agent.contract.task import TaskSpec
 from export.bundle import fresh_directory
+from export.checkpoint.model import load_model
 from export.checkpoint.source import Checkpoint, open_checkpoint
 from export.smaller.importance import Round, choose_layers
 from export.smaller.lessons import Batch, LessonWriter, Row, digest_of
@@ -22,7 +23,6 @@ from export.smaller.recovery import Log, Training, teach, torch_threads
 from export.smaller.smaller_checkpoint import (
     DISTILLATION_NAME,
     Model,
-    load_model,
     new_model,
     parent_facts,
     write_checkpoint,

@@ -18,18 +18,12 @@ import torch
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import from_os_error
 from export.bundle import fresh_directory
+from export.checkpoint.model import load_model
 from export.checkpoint.source import Checkpoint, open_checkpoint
 from export.smaller.importance import Round, check_drop, choose_layers
 from export.smaller.lessons import Batch, Lesson, LessonWriter, Row, batches, digest_of
 from export.smaller.recovery import Log, Training, teach, torch_threads
-from export.smaller.smaller_checkpoint import (
-    PRUNING_NAME,
-    Model,
-    load_model,
-    parent_facts,
-    write_checkpoint,
-    write_provenance,
-)
+from export.smaller.smaller_checkpoint import PRUNING_NAME, Model, parent_facts, write_checkpoint, write_provenance
 from export.smaller.teacher import Teacher, write_lessons
 
 PROBE_LESSONS = 128

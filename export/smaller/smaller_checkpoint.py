@@ -25,27 +25,6 @@ _KEPT_FILES = (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json
 _TIED_HEAD = "lm_head.weight"
 
 
-def load_model(checkpoint: Checkpoint) -> Model:
-    """Load in fp32, safetensors only, no code of its own.
-
-    Raises:
-        PermanentError: ``export.reference_failed``.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # On the CPU the plain attention is the fastest for short texts (measured), and the same everywhere.
-            attn_implementation="eager",
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PermanentError("export.reference_failed", f"transformers cannot load the checkpoint: {error}") from error
-    return model.eval()
-
-
 def new_model(config: Mapping[str, Any], seed: int) -> Model:
     """A model with random weights.
 

@@ -14,6 +14,7 @@ import torch
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.contract.task import TaskSpec, load_task, parse_task
 from edge_agent.errors import EdgeError
+from export.checkpoint.model import load_model
 from export.checkpoint.source import open_checkpoint
 from export.checkpoint.synth import synthesise
 from export.commands.shrink import add_commands
@@ -22,7 +23,7 @@ from export.smaller.distil import Distillation, distil
 from export.smaller.lessons import LessonWriter, Row, batches
 from export.smaller.prune import model_of_layers, probe_batches
 from export.smaller.recovery import Training
-from export.smaller.smaller_checkpoint import load_model, new_model, read_provenance
+from export.smaller.smaller_checkpoint import new_model, read_provenance
 from export.smaller.student import begin_from, student_config
 from export.smaller.teacher import Teacher, answer, choice_log_probs, final_states, fit, write_lessons
 from tests.export.conftest import EVENTS, TASK, TINY, Build, change_weights

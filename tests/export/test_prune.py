@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 
 from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError
+from export.checkpoint.model import load_model
 from export.checkpoint.source import open_checkpoint
 from export.checkpoint.synth import synthesise
 from export.smaller.importance import block_influences
 from export.smaller.lessons import Batch, LessonWriter, Row, read_rows
 from export.smaller.prune import Pruning, drop_layers, probe_batches
 from export.smaller.recovery import INT4_NEVER, Taught, Training, teach
-from export.smaller.smaller_checkpoint import load_model, read_provenance
+from export.smaller.smaller_checkpoint import read_provenance
 from export.smaller.teacher import Teacher, fit, write_lessons
 from tests.export.conftest import TINY, Build, change_config, change_weights
 
