@@ -14,10 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
+from edge_agent.contract.guards import Guard, enforce
+from edge_agent.contract.output import Identifier, OutputField, accepts, parse_output_schema
 from edge_agent.errors import PermanentError, RefusedError
-
-MAX_TEXT_CHARS = 512
-Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class _Model(BaseModel):
@@ -52,143 +51,6 @@ class Prompt(_Model):
     on_overlong: Literal["truncate", "refuse"] = "truncate"
 
 
-class EnumField(_Model):
-    """A closed choice. Order matters: guards with ``at_least`` read it as ascending."""
-
-    kind: Literal["enum"] = "enum"
-    name: Identifier
-    values: tuple[str, ...] = Field(min_length=1, max_length=256)
-
-
-class BoolField(_Model):
-    """true or false."""
-
-    kind: Literal["boolean"] = "boolean"
-    name: Identifier
-
-
-class IntField(_Model):
-    """An integer in [minimum, maximum]."""
-
-    kind: Literal["integer"] = "integer"
-    name: Identifier
-    minimum: int
-    maximum: int
-
-
-class TextField(_Model):
-    """A string of at most ``max_length`` characters."""
-
-    kind: Literal["string"] = "string"
-    name: Identifier
-    max_length: int = Field(ge=1, le=MAX_TEXT_CHARS)
-
-
-OutputField = EnumField | BoolField | IntField | TextField
-
-
-def parse_output_schema(schema: dict[str, Any]) -> tuple[OutputField, ...]:
-    """Read the supported part of JSON Schema: a closed object of required scalar properties, in order.
-
-    Args:
-        schema: a JSON Schema (2020-12) object.
-
-    Returns:
-        The answer's fields in schema order.
-
-    Raises:
-        PermanentError: ``task.schema_unsupported`` naming the property and the reason; recursion, unbounded
-            strings and open objects are refused here, so that decoding can be valid by construction.
-    """
-
-    def refuse(reason: str) -> PermanentError:
-        return PermanentError("task.schema_unsupported", reason)
-
-    properties = schema.get("properties")
-    if schema.get("type") != "object" or not isinstance(properties, dict) or not properties:
-        raise refuse("output schema must be an object with properties")
-    if schema.get("additionalProperties", False) is not False:
-        raise refuse("output schema must not allow additional properties")
-    if set(schema.get("required", properties)) != set(properties):
-        raise refuse("every property of the output schema must be required")
-    return tuple(_output_field(name, spec, refuse) for name, spec in properties.items())
-
-
-def _output_field(name: str, spec: Any, refuse: Any) -> OutputField:
-    if not isinstance(spec, dict) or any(key.startswith("$") for key in spec):
-        raise refuse(f"property {name!r}: references and recursion are not supported")
-    kind = spec.get("type", "string" if "enum" in spec else None)
-    try:
-        if "enum" in spec:
-            values = spec["enum"]
-            if kind != "string" or not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-                raise refuse(f"property {name!r}: an enum must list non-empty strings")
-            if len(set(values)) != len(values):
-                raise refuse(f"property {name!r}: enum values repeat")
-            return EnumField(name=name, values=tuple(values))
-        if kind == "boolean":
-            return BoolField(name=name)
-        if kind == "integer":
-            low, high = spec.get("minimum"), spec.get("maximum")
-            if not isinstance(low, int) or not isinstance(high, int) or low > high:
-                raise refuse(f"property {name!r}: an integer needs whole numbers minimum <= maximum")
-            return IntField(name=name, minimum=low, maximum=high)
-        if kind == "string":
-            if "maxLength" not in spec:
-                raise refuse(f"property {name!r}: a string needs maxLength (at most {MAX_TEXT_CHARS})")
-            return TextField(name=name, max_length=spec["maxLength"])
-    except ValidationError as error:
-        raise refuse(f"property {name!r}: {error.errors()[0]['msg']}") from error
-    # A few lines of YAML aliases may stand for gigabytes of lists: never spelled out.
-    shown = kind[:40] if isinstance(kind, str) else type(kind).__name__
-    raise refuse(f"property {name!r}: type {shown!r} is not supported")
-
-
-class Condition(_Model):
-    """True when the event's field matches: give exactly one of ``equals``, ``in`` or ``contains``."""
-
-    event: str
-    equals: Scalar = None
-    one_of: tuple[Scalar, ...] | None = Field(default=None, alias="in")
-    contains: str | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if sum(x is not None for x in (self.equals, self.one_of, self.contains)) != 1:
-            raise ValueError("a condition needs exactly one of: equals, in, contains")
-        return self
-
-    def holds(self, event: Event) -> bool:
-        """Whether ``event`` satisfies this condition; strings are compared without case."""
-        value = _fold(event.get(self.event))
-        if self.contains is not None:
-            return isinstance(value, str) and self.contains.casefold() in value
-        if self.one_of is not None:
-            return value in {_fold(v) for v in self.one_of}
-        return value == _fold(self.equals)
-
-
-class Effect(_Model):
-    """What a guard enforces on one field: an exact value, or (for enums and integers) a floor."""
-
-    equals: Scalar = None
-    at_least: str | int | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.equals is None) == (self.at_least is None):
-            raise ValueError("an effect needs exactly one of: equals, at_least")
-        return self
-
-
-class Guard(_Model):
-    """A rule that overrides the model. Guards run last and are named in the decision when they change it."""
-
-    name: Identifier
-    when: tuple[Condition, ...] = Field(min_length=1)
-    then: dict[str, Effect] = Field(min_length=1)
-
-
 class Limits(_Model):
     """Bounds of one decision."""
 
@@ -220,6 +82,7 @@ class TaskSpec(_Model):
     deadline_ms: int = Field(default=2000, ge=10, le=600_000)
     priority: Literal["safety", "normal", "bulk"] = "normal"
     limits: Limits = Limits()
+    cache: bool = Field(default=True, description="answer an event that was answered before from memory")
     guards: tuple[Guard, ...] = ()
 
     @model_validator(mode="after")
@@ -233,7 +96,7 @@ class TaskSpec(_Model):
                 if name not in fields:
                     raise ValueError(f"guard {guard.name!r} sets unknown field {name!r}")
                 wanted = effect.equals if effect.at_least is None else effect.at_least
-                if not _accepts(fields[name], wanted):
+                if not accepts(fields[name], wanted):
                     raise ValueError(f"guard {guard.name!r}: {wanted!r} is not a value of {name!r}")
         return self
 
@@ -264,7 +127,7 @@ class TaskSpec(_Model):
         for name, field in fields.items():
             if name not in decision:
                 problems.append(f"field {name!r} is missing")
-            elif not _accepts(field, decision[name]):
+            elif not accepts(field, decision[name]):
                 problems.append(f"field {name!r} cannot be {decision[name]!r}")
         return problems
 
@@ -282,7 +145,7 @@ class TaskSpec(_Model):
                 continue
             before = dict(result)
             for name, effect in guard.then.items():
-                result[name] = _enforce(fields[name], effect, result[name])
+                result[name] = enforce(fields[name], effect, result[name])
             if result != before:
                 changed.append(guard.name)
         return result, changed
@@ -362,30 +225,3 @@ def _deviation_percent(item: Deviation, event: Event) -> str:
     except OverflowError:  # beyond a double: the sign is all that the clamp would have kept
         percent = 999 if value > limit else -999
     return f"{max(-999, min(999, percent)):+d} %"
-
-
-def _fold(value: Scalar) -> Scalar:
-    return value.casefold().strip() if isinstance(value, str) else value
-
-
-def _accepts(field: OutputField, value: Any) -> bool:
-    match field:
-        case EnumField():
-            return value in field.values
-        case BoolField():
-            return isinstance(value, bool)
-        case IntField():
-            return isinstance(value, int) and not isinstance(value, bool) and field.minimum <= value <= field.maximum
-        case TextField():
-            return isinstance(value, str) and len(value) <= field.max_length
-
-
-def _enforce(field: OutputField, effect: Effect, current: Any) -> Any:
-    if effect.at_least is None:
-        return effect.equals
-    if isinstance(field, EnumField):
-        floor = field.values.index(str(effect.at_least))
-        return field.values[max(floor, field.values.index(current))]
-    if isinstance(field, IntField):
-        return max(int(effect.at_least), current)
-    return effect.at_least

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.contract.task import BoolField, EnumField, IntField, OutputField, TaskSpec, TextField
+from edge_agent.contract.output import BoolField, EnumField, IntField, OutputField, TextField
+from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.guided import GuidedField, GuidedGrammars

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.task import TextField
+from edge_agent.contract.output import TextField
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import AnswerPlan, Branch, ClosedField, Done, compile_plan

@@ -22,7 +22,8 @@ import onnxruntime as ort
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.manifest import ModelSpec
-from edge_agent.contract.task import BoolField, EnumField, IntField, OutputField, TaskSpec, TextField
+from edge_agent.contract.output import BoolField, EnumField, IntField, OutputField, TextField
+from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.guided import GuidedGrammars

@@ -18,7 +18,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from edge_agent.contract.event import Event
-from edge_agent.contract.task import BoolField, EnumField, TaskSpec, load_task
+from edge_agent.contract.output import BoolField, EnumField
+from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError
 from export.reference.checkpoint import load_checkpoint
 from export.reference.examples import Encoder

@@ -11,7 +11,8 @@ from itertools import islice
 import torch
 from tokenizers import Tokenizer
 
-from edge_agent.contract.task import BoolField, TaskSpec
+from edge_agent.contract.output import BoolField
+from edge_agent.contract.task import TaskSpec
 from export.reference.cues import cue_labels, deviation_class
 from export.reference.generator import LabelledEvent, generate
 from export.reference.rules import REPEATS_THAT_RAISE, Decision

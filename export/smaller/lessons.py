@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from edge_agent.contract.event import Event, check_event
-from edge_agent.contract.task import TaskSpec, TextField
+from edge_agent.contract.output import TextField
+from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import AnswerPlan, Branch, ClosedField, Done, compile_plan

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from edge_agent.contract.event import Scalar
-from edge_agent.contract.task import TaskSpec, load_golden, parse_output_schema, parse_task
+from edge_agent.contract.output import parse_output_schema
+from edge_agent.contract.task import TaskSpec, load_golden, parse_task
 from edge_agent.errors import PermanentError, RefusedError
 
 TASK = """\

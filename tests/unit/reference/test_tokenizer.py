@@ -9,7 +9,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from edge_agent.contract.task import BoolField, EnumField, load_task
+from edge_agent.contract.output import BoolField, EnumField
+from edge_agent.contract.task import load_task
 from export.reference.evaluate import TASK_FILE
 from export.reference.examples import Encoder, canonical_answer
 from export.reference.generator import generate
