@@ -77,7 +77,8 @@ class GraphOptions:
         vocab_heldout: texts of the domain on which the pruned head's reach is measured.
         kv: element type of the caches.
         head: inside the decoder's graph, or a graph of its own.
-        ragged: whether batches may continue by different numbers of tokens.
+        together: whether several events may share a pass, and several positions of a text be scored in one; None:
+            where the target can.
     """
 
     vocabulary: tuple[Path, ...] = ()
@@ -86,12 +87,12 @@ class GraphOptions:
     vocab_heldout: tuple[Path, ...] = ()
     kv: Literal["float32", "int8"] = "float32"
     head: Literal["attached", "split"] = "attached"
-    ragged: bool = False
+    together: bool | None = None
 
     def as_key(self) -> dict[str, Any]:
         """What the graph depends on: content of files, not their names."""
         texts = {name: [sha256_file(file) for file in getattr(self, name)] for name in ("vocabulary", "vocab_heldout")}
-        plain = {name: getattr(self, name) for name in ("vocab_rows", "rare_rows", "kv", "head", "ragged")}
+        plain = {name: getattr(self, name) for name in ("vocab_rows", "rare_rows", "kv", "head", "together")}
         return {**texts, **plain}
 
 

@@ -72,7 +72,8 @@ class ModelSpec(_Model):
     ``past_key_values.<layer>.key|value`` [batch, kv_heads, past, head_dim]; outputs ``logits`` float [batch, 1, rows]
     (last position only) and ``present.<layer>.key|value``. With ``head``, the decoder gives ``hidden`` float
     [batch, 1, hidden] in place of ``logits``, and the head's graph maps ``hidden`` to ``logits``. With ``ragged``, the
-    decoder also takes ``query_seqlens`` int32 [batch].
+    decoder also takes ``query_seqlens`` int32 [batch]. With ``score_at``, it also takes ``score_at`` int64 [scores, 2]
+    (row and position within the pass of each score), and the first axis of ``logits`` or ``hidden`` is [scores].
 
     Graph interface 2 (static, for NPUs): every shape is fixed. A graph of ``windows`` with T tokens takes
     ``input_ids`` int32 [1, T], ``position_ids`` int32 [1, T], ``attention_bias`` float [1, 1, T, past + T] (0 where a
@@ -95,6 +96,7 @@ class ModelSpec(_Model):
     head: str | None = None
     head_ids: str | None = None
     ragged: bool | None = None
+    score_at: bool | None = None
     windows: tuple[StaticWindow, ...] | None = None
     past_tokens: int | None = Field(default=None, ge=1)
     tokenizer: str
@@ -114,7 +116,7 @@ class ModelSpec(_Model):
         static = self.graph_interface == 2
         if static != bool(self.windows) or static != (self.past_tokens is not None):
             raise ValueError("graph interface 2, and only it, has windows and past_tokens")
-        if static and (self.head is not None or self.ragged):
+        if static and (self.head is not None or self.ragged or self.score_at):
             raise ValueError("a static graph has its head inside and takes one sequence")
         return self
 

@@ -13,8 +13,9 @@ from typing import Any
 from edge_agent.contract.event import Event
 from edge_agent.errors import RefusedError
 from edge_agent.runtime.answer import percentile
-from edge_agent.runtime.engine import Engine, PreparedTask
+from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.memory import peak_rss_bytes
+from edge_agent.runtime.prepared import PreparedTask
 
 _PASS_SHARE = 0.15
 _MIN_DECISIONS = 5

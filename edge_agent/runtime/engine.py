@@ -3,63 +3,52 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.messages import ModelRef, Route
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
-from edge_agent.errors import PermanentError, RefusedError
+from edge_agent.errors import EdgeError, PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.confidence import load_temperatures
-from edge_agent.runtime.decoder import Decoded, decode
+from edge_agent.runtime.decoder import Decoded
+from edge_agent.runtime.drafts import PassCost
 from edge_agent.runtime.encoder import TextEncoder
-from edge_agent.runtime.grammar import AnswerPlan, compile_plan
+from edge_agent.runtime.grammar import compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.memory import rss_bytes
-from edge_agent.runtime.prompt import event_prompt
-from edge_agent.runtime.session import KvCache, ModelSession, check_runtime, resolve_threads
+from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
+from edge_agent.runtime.prepared import PreparedTask, Question
+from edge_agent.runtime.prompt import cut_by_template, event_prompt, rendered_event
+from edge_agent.runtime.session import ModelSession, check_runtime, resolve_threads
+from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache, StaticSession
 
 
-@dataclass(frozen=True)
-class PreparedTask:
-    """A task with everything that does not depend on the event.
-
-    Args:
-        spec: the task.
-        plan: its decisions.
-        temperatures: calibration per field.
-        cache: holds the prefix; every event starts at its end again.
-        prefix_tokens: length of the prefix in the cache.
-        golden: its golden examples.
-    """
-
-    spec: TaskSpec
-    plan: AnswerPlan
-    temperatures: dict[str, float]
-    cache: KvCache | StaticCache
-    prefix_tokens: int
-    golden: tuple[GoldenExample, ...]
-
-
 class Engine:
-    """A loaded bundle. Not thread-safe: one event at a time.
+    """A loaded bundle. Not thread-safe: one call at a time.
 
     Args:
         bundle: verified; nothing else is ever loaded.
         threads: intra-op threads; 0 chooses by `resolve_threads`.
+        speed: what is done to be fast.
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
         PermanentError: ``bundle.unsupported``, ``task.*``, ``worker.out_of_memory``, ``worker.bad_logits``.
     """
 
-    def __init__(self, bundle: VerifiedBundle, threads: int = 0) -> None:
+    def __init__(self, bundle: VerifiedBundle, threads: int = 0, speed: Speed = Speed()) -> None:  # noqa: B008 - frozen
         started_s = time.monotonic()
         self.bundle = bundle
+        self._speed = speed
+        self._prefixes = PrefixStore(speed.prefix_dir)
+        self._cost = PassCost()
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
         self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
@@ -128,12 +117,55 @@ class Engine:
             RefusedError: ``task.unknown``, ``event.*``.
             PermanentError: ``worker.deadline``, ``worker.bad_logits``, ``worker.out_of_memory``, ``worker.inference``.
         """
+        (answer,) = self.decide_many(task, [event], deadline_s=deadline_s)
+        if isinstance(answer, EdgeError):
+            raise answer
+        return answer
+
+    def decide_many(self, task: str, events: Sequence[Event], *, deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait, several in a pass where the graph allows it.
+
+        An event is answered as it would be alone, but for the rounding of other kernels.
+
+        Args:
+            task: one of `tasks`.
+            events: flat events, the most urgent first.
+            deadline_s: seconds from now after which no further pass begins.
+
+        Returns:
+            For each event its answer, or the fault that it alone had (as `decide` raises).
+
+        Raises:
+            RefusedError: ``task.unknown``.
+        """
         started_s = time.monotonic()
         prepared = self.prepared(task)
-        prompt = event_prompt(prepared.spec, event, self._encoder.encode)
-        prepared.cache.rewind(prepared.prefix_tokens)
-        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, started_s + deadline_s)
-        return _conclude(prepared.spec, event, decoded, truncated=prompt.truncated, started_s=started_s)
+        found: list[Answer | EdgeError | None] = [None] * len(events)
+        waiting: list[tuple[int, _Asked]] = []
+        for place, event in enumerate(events):
+            try:
+                asked = self._ask(prepared, event)
+                known = prepared.answers.get(asked.rendered)
+                if known is None:
+                    waiting.append((place, asked))
+                else:
+                    found[place] = _conclude(prepared.spec, asked, known, started_s, route="cache")
+            except EdgeError as error:
+                found[place] = error
+        rows = prepared.rows
+        for first in range(0, len(waiting), rows):
+            together = waiting[first : first + rows]
+            questions = [Question(asked.prompt, started_s + deadline_s) for _, asked in together]
+            for (place, asked), decoded in zip(together, prepared.decode(questions), strict=True):
+                found[place] = _answered(prepared, asked, decoded, started_s)
+        return [one for one in found if one is not None]
+
+    def _ask(self, prepared: PreparedTask, event: Event) -> _Asked:
+        rendered = rendered_event(prepared.spec, event)
+        if rendered in prepared.answers:
+            return _Asked(event, rendered, [], truncated=cut_by_template(prepared.spec, event), is_whole=True)
+        prompt = event_prompt(prepared.spec, event, self._encoder.encode, rendered)
+        return _Asked(event, rendered, prompt.ids, truncated=prompt.truncated, is_whole=not prompt.shortened)
 
     def encode_event(self, task: str, event: Event) -> list[int]:
         """Token ids of a rendered event, as `decide` would feed them."""
@@ -158,13 +190,34 @@ class Engine:
                 f"task {name!r} may need {capacity} tokens (prefix {len(prefix)}, event "
                 f"{spec.limits.max_prompt_tokens}, answer {plan.max_tokens}); the model has {limit}",
             )
-        cache = self._session.new_cache(capacity)
-        cache.forward(prefix)
+        cache = self._new_cache(capacity)
+        self._fill(cache, name, prefix)
         golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
         # Only listed files were verified, so only they are read.
         golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
         temperatures = load_temperatures(calibration_file, spec) if self._is_listed(calibration_file) else {}
-        return PreparedTask(spec, plan, temperatures, cache, len(prefix), golden)
+        return PreparedTask(spec, plan, temperatures, cache, tuple(prefix), golden, self._speed, self._cost)
+
+    def _new_cache(self, capacity_tokens: int) -> KvCache | StaticCache:
+        if isinstance(self._session, StaticSession):
+            return self._session.new_cache(capacity_tokens)
+        rows = self._speed.rows if self._session.spec.score_at else 1
+        return self._session.new_cache(capacity_tokens, rows)
+
+    def _fill(self, cache: KvCache | StaticCache, task: str, prefix: list[int]) -> None:
+        """Bring the prefix into the cache: from the disk where its state was kept, else by a pass."""
+        if not (isinstance(cache, KvCache) and cache.is_in_memory):
+            cache.forward(prefix)
+            return
+        key = PrefixKey(self.bundle.digest, task, tuple(prefix), self.threads)
+        state = self._prefixes.load(key, cache.segment_shape(len(prefix)), cache.dtype)
+        if state is None:
+            cache.forward(prefix)
+            self._prefixes.save(key, cache.read(0, 0, len(prefix)))
+        else:
+            cache.write(0, 0, state)
+            cache.length = len(prefix)
+        cache.spread(len(prefix))
 
     def _prefix(self, spec: TaskSpec) -> list[int]:
         bos = self.bundle.manifest.model.bos_token_id
@@ -188,22 +241,53 @@ def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | Static
     return ModelSession(bundle.path, manifest, threads)
 
 
-def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:
+@dataclass(frozen=True)
+class _Asked:
+    """An event with what is asked of the model.
+
+    Args:
+        event: as it came.
+        rendered: what the template shows of it.
+        prompt: token ids; empty where the answer is known.
+        truncated: whether any of the event's text had to be cut.
+        is_whole: whether ``prompt`` is all of ``rendered``.
+    """
+
+    event: Event
+    rendered: str
+    prompt: list[int]
+    truncated: bool
+    is_whole: bool
+
+
+def _answered(
+    prepared: PreparedTask, asked: _Asked, decoded: Decoded | EdgeError, started_s: float
+) -> Answer | EdgeError:
+    if isinstance(decoded, EdgeError):
+        return decoded
+    if asked.is_whole:
+        prepared.answers.put(asked.rendered, decoded)
+    try:
+        return _conclude(prepared.spec, asked, decoded, started_s)
+    except EdgeError as error:
+        return error
+
+
+def _conclude(task: TaskSpec, asked: _Asked, decoded: Decoded, started_s: float, route: Route = "device") -> Answer:
     unsure = tuple(name for name, floor in task.thresholds.items() if decoded.confidence[name] < floor)
-    decision, guards = task.apply_guards(event, dict(decoded.values))
+    decision, guards = task.apply_guards(asked.event, dict(decoded.values))
     problems = task.check_decision(decision)
     if problems:
         # Cannot happen by construction; a decision that reaches a machine is checked all the same.
         raise PermanentError("worker.invalid_answer", "; ".join(problems))
-    route: Route = "abstained" if unsure else ("rule" if guards else "device")
     return Answer(
         decision=decision,
         confidence=decoded.confidence,
-        route=route,
+        route="abstained" if unsure else ("rule" if guards else route),
         unsure_fields=unsure,
         guards=tuple(guards),
-        truncated=truncated,
-        passes=decoded.passes,
+        truncated=asked.truncated,
+        passes=0 if route == "cache" else decoded.passes,
         tokens_out=len(decoded.tokens),
         latency_ms=(time.monotonic() - started_s) * 1000,
     )

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from edge_agent.contract.manifest import MASKED_BIAS, ModelSpec, Target
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.kv_cache import Logits
+from edge_agent.runtime.library_errors import map_library_error
 from edge_agent.runtime.providers import check_loaded, use_provider
-from edge_agent.runtime.session import Logits, map_library_error
 
 PADDING_ID = 0
 """Fills the rest of a window; any id will do, for nothing that counts can see it."""

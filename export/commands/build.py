@@ -81,7 +81,12 @@ def _add_graph(group: Any) -> None:
     group.add_argument("--vocab-heldout", help="measure on these texts what the pruned head can write", **files)
     group.add_argument("--kv", choices=("float32", "int8"), default="float32", help="element type of the caches")
     group.add_argument("--head", choices=("attached", "split"), default="attached", help="split: a graph of its own")
-    group.add_argument("--ragged", action="store_true", help="let batches continue by different numbers of tokens")
+    group.add_argument(
+        "--together",
+        "--ragged",
+        action=argparse.BooleanOptionalAction,
+        help="let events share passes, and score several positions of a pass (default: where the target can)",
+    )
 
 
 def _add_proof(group: Any) -> None:
@@ -125,7 +130,7 @@ def run_build(arguments: argparse.Namespace) -> int:
             vocab_heldout=tuple(arguments.vocab_heldout),
             kv=arguments.kv,
             head=arguments.head,
-            ragged=arguments.ragged,
+            together=arguments.together,
         ),
         max_context_tokens=arguments.max_context,
         elsewhere=Elsewhere(arguments.arm64_root, arguments.openvino_python),

@@ -120,6 +120,8 @@ class StepModel:
         }
         if self._spec.ragged:
             feeds["query_seqlens"] = np.array([len(ids)], np.int32)  # [1]
+        if self._spec.score_at:
+            feeds["score_at"] = np.array([[0, len(ids) - 1]], np.int64)  # [1, 2]: the last position, as ever
         outputs = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
         present = {name: outputs[name.replace("past_key_values", "present")] for name in past}
         if self._head is None:

@@ -12,6 +12,7 @@ from onnx import ModelProto
 from edge_agent.contract.manifest import ModelSpec
 from export.boards import Board
 from export.checkpoint.source import Checkpoint
+from export.graphs.chosen_scores import score_chosen_positions
 from export.graphs.graph import load_graph, save_graph, save_graphs
 from export.graphs.half import check_headroom, peak_activations, to_half
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
@@ -71,10 +72,11 @@ def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Pr
         prompts = speciality.texts.calibration(ACTIVATION_TEXTS)
         quantise_kv(model, measure_kv_scales(model, prompts))
         changes["kv_dtype"] = "int8"
-    if speciality.options.ragged:
-        add_ragged(model)
-        changes["ragged"] = True
     half = speciality.board.activations == "float16"
+    if (not half) if speciality.options.together is None else speciality.options.together:
+        add_ragged(model)
+        score_chosen_positions(model)
+        changes |= {"ragged": True, "score_at": True}
     if half:
         # Before the head is cut off: its scores may overflow as well.
         _check_range(speciality, model, progress)
