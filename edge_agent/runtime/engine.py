@@ -119,7 +119,7 @@ class Engine:
         Args:
             task: one of `tasks`.
             event: a flat event.
-            deadline_s: seconds from now after which no further pass begins.
+            deadline_s: seconds from now after which no further pass begins, and the one under way ends.
 
         Returns:
             A schema-valid answer.
@@ -132,7 +132,9 @@ class Engine:
         prepared = self.prepared(task)
         prompt = event_prompt(prepared.spec, event, self._encoder.encode)
         prepared.cache.rewind(prepared.prefix_tokens)
-        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, started_s + deadline_s)
+        deadline_at_s = started_s + deadline_s
+        with self._session.limit.until(deadline_at_s):
+            decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, deadline_at_s)
         return _conclude(prepared.spec, event, decoded, truncated=prompt.truncated, started_s=started_s)
 
     def encode_event(self, task: str, event: Event) -> list[int]:

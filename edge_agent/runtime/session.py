@@ -23,6 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from edge_agent.contract.manifest import Manifest, ModelSpec
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import CACHE_DEVICES, DYNAMIC, PROVIDERS, check_loaded, use_provider
 
 MAX_DEFAULT_THREADS = 4
@@ -44,6 +45,7 @@ _LIBRARY_ERRORS = tuple(
     )
 )
 _MEMORY_WORDS = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "cannot allocate memory")
+_TERMINATED = "terminate flag"
 _CORRUPT_WORDS = (
     "protobuf parsing failed",
     "external data",
@@ -80,6 +82,7 @@ class ModelSession:
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
         self.spec: ModelSpec = manifest.model
+        self.limit = PassLimit()
         check_runtime(manifest)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -109,7 +112,7 @@ class ModelSession:
             PermanentError: ``worker.out_of_memory``.
         """
         head = _Head(self._head, self._rows) if self._head else None
-        return KvCache(self._decoder, self.spec, capacity_tokens, self._rows, head)
+        return KvCache(self._decoder, self.spec, capacity_tokens, self._rows, head, self.limit)
 
 
 class _Head:
@@ -143,13 +146,23 @@ class KvCache:
         capacity_tokens: most positions it can hold.
         rows: tokens that the head scores.
         head: the head, where it is apart.
+        limit: ends passes that take too long.
     """
 
-    def __init__(self, session: Any, spec: ModelSpec, capacity_tokens: int, rows: int, head: _Head | None) -> None:
+    def __init__(
+        self,
+        session: Any,
+        spec: ModelSpec,
+        capacity_tokens: int,
+        rows: int,
+        head: _Head | None,
+        limit: PassLimit,
+    ) -> None:
         self.capacity_tokens = capacity_tokens
         self.length = 0
         self._session = session
         self._head = head
+        self._run_options = limit.run_options
         dtype = _KV_DTYPES[spec.kv_dtype]
         shape = (1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
@@ -219,7 +232,8 @@ class KvCache:
         _bind(self._binding, "input", "attention_mask", self._mask, (1, total))
         if self._counts is not None:
             self._counts[0] = count
-        _mapped("running the model", lambda: self._session.run_with_iobinding(self._binding))
+        # A pass that fails half-way has written only behind `length`, where the next one writes again.
+        _mapped("running the model", lambda: self._session.run_with_iobinding(self._binding, self._run_options))
         self.length = total
 
 
@@ -256,10 +270,12 @@ def map_library_error(doing: str, error: BaseException) -> EdgeError:
 
     Returns:
         ``worker.out_of_memory``, ``bundle.file_missing``, ``bundle.file_corrupt``, ``bundle.unsupported``, or
-        ``worker.inference`` for a run.
+        ``worker.deadline`` (see `pass_limit`) or ``worker.inference`` for a run.
     """
     text = str(error)
     lowered = text.lower()
+    if _TERMINATED in lowered:
+        return PermanentError("worker.deadline", f"deadline passed while {doing}")
     if isinstance(error, MemoryError) or any(word in lowered for word in _MEMORY_WORDS):
         return PermanentError("worker.out_of_memory", f"{doing}: {text or 'allocation failed'}")
     if doing != "loading the model":
