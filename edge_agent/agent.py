@@ -224,6 +224,7 @@ class Agent:
             decisions=counts.decisions,
             errors=counts.errors,
             worker_deaths=self._serving.deaths_total,
+            workers_outgrown=self._serving.outgrown_total,
             p50_ms=counts.latency_ms(0.50),
             p95_ms=counts.latency_ms(0.95),
             passes_per_decision=counts.passes / counts.decisions if counts.decisions else None,

@@ -21,7 +21,9 @@ from edge_agent.uplink.spool import Spool
 _log = get_logger(__name__)
 _MODEL_AREAS = ("worker.", "bundle.")
 # The worker was lost over this very event; anything else that is transient is not the event's doing.
-_LOST_WORKER = frozenset({"worker.died", "worker.stuck", "worker.protocol", "worker.out_of_memory"})
+_LOST_WORKER = frozenset(
+    {"worker.died", "worker.stuck", "worker.protocol", "worker.out_of_memory", "worker.bad_logits"}
+)
 # No worker has seen the event.
 _NOT_READY = "worker.not_ready"
 # How long an event that a candidate could not answer stands aside before the candidate sees it again.
@@ -170,7 +172,7 @@ class Answering:
             _log.warning("candidate_failed", event_id=row.event_id, error=error)
             return Step.BLOCKED
         if error.code in _LOST_WORKER:
-            buried = self._spool.worker_died(row.inbox_id)
+            buried = self._spool.worker_died(row.inbox_id, error)
             _log.error("worker_lost", event_id=row.event_id, buried=buried, error=error)
             return Step.BURIED if buried else Step.BLOCKED
         if isinstance(error, TransientError):

@@ -125,6 +125,11 @@ class WorkerSettings(_Section):
 
     threads: int = Field(default=0, ge=0, le=256, description="0: half the cores, at least one, at most four")
     memory_limit_bytes: int = Field(default=2 << 30, ge=64 << 20, description="address-space growth past the load")
+    rss_limit_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="a larger worker is replaced between two events; 0: 256 MiB and half beyond the load",
+    )
     start_timeout_s: Positive = Field(default=60.0, description="from the start of the process to a loaded bundle")
     restart_backoff_max_s: Positive = Field(default=30.0, description="longest pause before a dead worker's restart")
 

@@ -150,12 +150,16 @@ class QueueTelemetry(_Payload):
 
 
 class InferenceTelemetry(_Payload):
-    """``tele/inference``: since the worker's start; latencies over the last window."""
+    """``tele/inference``: since the worker's start; latencies over the last window.
+
+    ``workers_outgrown`` are those of the ``worker_deaths`` that the agent brought about, because a worker leaked.
+    """
 
     schema_version: Literal[1] = 1
     decisions: int
     errors: int
     worker_deaths: int
+    workers_outgrown: int = 0
     p50_ms: float | None
     p95_ms: float | None
     passes_per_decision: float | None

@@ -1,7 +1,8 @@
 """The agent's side of the worker: start it, ask it, survive it. Imports no native inference library.
 
-Two clocks watch every event. The worker checks the deadline between passes and answers with an error. Should it be
-stuck inside a pass, this side kills it a grace period later; the next `start` begins afresh.
+Two clocks watch every event. The worker checks the deadline between passes and between the nodes of a pass, and
+answers with an error. Should it be stuck inside one node, this side kills it a grace period later; the next `start`
+begins afresh.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ WORKER_MODULE = "edge_agent.runtime.worker"
 GRACE_S = 1.0
 STOP_TIMEOUT_S = 2.0
 _REAP_TIMEOUT_S = 5.0
+_LAST_FAULTS = frozenset({"worker.out_of_memory", "worker.bad_logits"})
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -119,9 +121,9 @@ class WorkerProcess:
 
         Raises:
             RefusedError: ``task.unknown``, ``event.*``.
-            PermanentError: ``worker.deadline``, ``worker.bad_logits``, ….
-            TransientError: ``worker.died``, ``worker.stuck``, ``worker.out_of_memory``, ``worker.not_running``; the
-                process is gone then and `start` begins a new one.
+            PermanentError: ``worker.deadline``, ``worker.inference``, ….
+            TransientError: ``worker.died``, ``worker.stuck``, ``worker.out_of_memory``, ``worker.bad_logits``,
+                ``worker.protocol``, ``worker.not_running``; the process is gone then and `start` begins a new one.
         """
         reply = self._ask({"op": "decide", "task": task, "event": event, "deadline_s": deadline_s}, deadline_s)
         return Answer.from_dict(reply["answer"])
@@ -186,7 +188,7 @@ class WorkerProcess:
             raise TransientError("worker.protocol", "the worker answered another request")
         if "error" in message:
             fault = error_from(message["error"])
-            if fault.code == "worker.out_of_memory":
+            if fault.code in _LAST_FAULTS:
                 self._end()  # it exits by itself
             raise fault
         return message

@@ -94,6 +94,18 @@ def test_a_kernel_that_nothing_can_interrupt_is_killed_with_its_worker_after_the
     assert worker.decide("triage", SHORT, 30.0).passes > 0
 
 
+def test_a_process_that_computed_no_numbers_answers_no_further_event(
+    damaged: Damaged, worker_on: Callable[..., WorkerProcess]
+) -> None:
+    worker = worker_on(damaged(damaged_graphs.no_number), grace_s=1.0)
+    before = timeless(worker.decide("triage", SHORT, 30.0))
+    fault = fault_of(lambda: worker.decide("triage", LONG_EVENT, 30.0))
+    assert isinstance(fault, TransientError), "a fresh process may try it once more"
+    assert (fault.code, worker.alive) == ("worker.bad_logits", False)
+    worker.start()
+    assert timeless(worker.decide("triage", SHORT, 30.0)) == before
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -216,6 +216,25 @@ def test_onnxruntime_out_of_memory_is_named(reference_bundle: Path) -> None:
     assert done.stdout.split() == ["worker.out_of_memory"] * 2, done.stderr[-2000:]
 
 
+def test_a_model_that_the_machine_cannot_hold_has_a_ceiling_while_it_loads(
+    reference_bundle: Path, reference_digest: str
+) -> None:
+    script = (
+        "import pathlib, resource, sys\n"
+        "from edge_agent.runtime.memory import physical_bytes\n"
+        "from edge_agent.runtime.worker import EngineDecider\n"
+        "before = resource.getrlimit(resource.RLIMIT_AS)[0]\n"
+        "EngineDecider(pathlib.Path(sys.argv[1]), sys.argv[2], 1)\n"
+        "ceiling = resource.getrlimit(resource.RLIMIT_AS)[0]\n"
+        "print(before == resource.RLIM_INFINITY, physical_bytes() < ceiling < 2 * physical_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(reference_bundle), reference_digest],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("act", ["garbage", "not_json", "stale"])
 def test_garbage_or_the_answer_to_another_request_ends_the_worker(act: str) -> None:
     with fake_worker() as worker:
