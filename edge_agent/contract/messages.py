@@ -86,6 +86,7 @@ class Meta(_Payload):
     hardware: dict[str, Any]
     execution_providers: tuple[str, ...]
     tasks: tuple[str, ...]
+    worker_threads: int | None = None
     commands: tuple[str, ...] = ()
 
 

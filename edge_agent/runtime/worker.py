@@ -7,6 +7,7 @@ a time, ends when its socket closes, and is killed by the kernel when the agent 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -100,6 +101,9 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
     options = _parse(argv)
     _tie_to_parent(options.parent)
     volunteer_for_oom_kill(OOM_SCORE_EXTRA)
+    # Where a sandbox forbids it, the work is done at the service's own priority.
+    with contextlib.suppress(OSError):
+        os.nice(options.niceness)
     # The agent decides when to end: a Ctrl-C or a stop of the whole service must not cut an answer short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -187,6 +191,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--digest", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)
+    parser.add_argument("--niceness", type=int, required=True)
     return parser.parse_args(argv)
 
 

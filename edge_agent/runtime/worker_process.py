@@ -156,6 +156,7 @@ class WorkerProcess:
         command = [sys.executable, "-P", "-m", self._module, "--fd", str(theirs.fileno())]
         command += ["--parent", str(os.getpid()), "--bundle", str(self._bundle_dir), "--digest", self._digest]
         command += ["--threads", str(settings.threads), "--memory-limit", str(settings.memory_limit_bytes)]
+        command += ["--niceness", str(settings.niceness)]
         try:
             with theirs:
                 self._child = ChildProcess(command, _environment(), theirs.fileno(), self._on_log)

@@ -261,6 +261,28 @@ def test_a_bundle_damaged_in_service_is_replaced_by_the_one_before_it_and_then_m
     wait_until(lambda: "# newer" in damaged.read_text(), 60.0)
 
 
+def test_an_installation_measures_thread_counts_and_the_model_serves_with_the_one_that_was_found(
+    tmp_path: Path, peer: Peer, broker: BrokerProcess, reference_bundle: Path
+) -> None:
+    daemon = Daemon(tmp_path, broker.port, worker={"threads": 0})
+    daemon.start()
+    try:
+        install(daemon, reference_bundle, peer, broker.port)
+        (choice,) = json.loads((daemon.state_dir / "threads.json").read_text())["choices"]
+        assert str(choice["threads"]) in choice["p50_ms"]
+        meta = json.loads(peer.on(TOPICS.meta)[-1].payload)
+        assert meta["worker_threads"] == choice["threads"]
+        choice["threads"] = 5  # no default is above 4: this can only come from the file
+        daemon.end()
+        (daemon.state_dir / "threads.json").write_text(json.dumps({"format": 1, "choices": [choice]}))
+        daemon.start()
+        wait_until(lambda: json.loads(peer.on(TOPICS.meta)[-1].payload)["worker_threads"] == 5)
+        threads = list(Path(f"/proc/{daemon.worker_pid()}/task").iterdir())
+        assert len(threads) >= 5
+    finally:
+        daemon.close()
+
+
 @pytest.mark.needs("root")
 def test_a_full_disk_stops_acknowledgements_and_nothing_is_lost_when_it_drains(
     tmp_path: Path, broker: BrokerProcess, peer: Peer, reference_bundle: Path

@@ -422,6 +422,14 @@ def test_worker_is_the_kernels_first_choice_when_memory_is_short() -> None:
         assert int(Path(f"/proc/{worker.pid}/oom_score_adj").read_text()) == min(1000, own + 300)
 
 
+def test_a_worker_that_shall_stand_back_for_the_plants_software_does() -> None:
+    with fake_worker(niceness=7) as worker:
+        worker.start()
+        assert worker.pid is not None
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(19, own + 7)
+
+
 def test_ctrl_c_and_service_stop_do_not_cut_an_answer_short() -> None:
     with fake_worker() as worker:
         worker.start()
