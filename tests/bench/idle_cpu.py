@@ -48,8 +48,7 @@ def main() -> int:
         folder = Path(directory)
         broker = mosquitto(folder)
         broker.start()
-        settings = {"worker": {"threads": options.threads}, "telemetry": {"period_s": 30.0}}
-        daemon = Daemon(folder, broker.port, **settings)
+        daemon = Daemon(folder, broker.port, worker={"threads": options.threads}, telemetry={"period_s": 30.0})
         peer = Peer(broker.port, DECISIONS, f"{TOPICS.base}/#")
         try:
             daemon.start()
