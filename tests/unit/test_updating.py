@@ -199,3 +199,27 @@ def test_threads_are_measured_for_a_candidate_that_passed_while_the_old_model_an
     assert exchange.trial(bundle, digest).passed is not bool(wrong)
     assert (threads.settings_for(digest).threads > 0) is is_measured
     assert machine.loaded == (1 if available == ROOMY else 0), "side workers are gone"
+
+
+def test_a_stop_while_threads_are_measured_says_nothing_about_the_candidate(
+    machine: Machine, serving: ServingWorker, tmp_path: Path
+) -> None:
+    class Stopped(QuickTrial):
+        def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+            exchange.stop_trial()
+            raise TransientError("worker.died", "the worker was stopped")
+
+    threads = ThreadChoice(WorkerSettings(), tmp_path / "threads.json", worker=lambda *_: Stopped(machine))
+    exchange = ModelExchange(
+        serving,
+        threads,
+        lambda _reported: None,
+        lambda: None,
+        lambda: ROOMY,
+        lambda _bundle, _digest: QuickTrial(machine),
+    )
+    golden = '{"event": {"text": "hot"}, "decision": {"severity": "high"}}\n'
+    with pytest.raises(Interrupted):
+        exchange.trial(*bundle_of_task(tmp_path / "new", TASK_YAML.replace("Triage", "Newer"), golden=golden))
+    assert not (tmp_path / "threads.json").exists()
+    assert machine.loaded == 1, "only the serving worker is left"
