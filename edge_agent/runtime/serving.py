@@ -174,8 +174,8 @@ class ServingWorker:
 
         Raises:
             TransientError: ``worker.not_ready`` (no model yet, paused, waiting out a backoff, or a start that failed:
-                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol``,
-                ``worker.out_of_memory``, ``worker.bad_logits``: it was lost over this event, which may be tried again.
+                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol`` and the
+                `LAST_FAULTS`: it was lost over this event, which may be tried again.
             RefusedError: the event or task is at fault.
             PermanentError: the model is at fault (``worker.deadline``).
         """

@@ -21,18 +21,16 @@ from typing import Protocol
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
-from edge_agent.runtime.frames import FrameChannel, Message, error_message
+from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
 from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
 
 EXIT_LOAD_FAILED = 3
 EXIT_OUT_OF_MEMORY = 4
 EXIT_PROTOCOL = 5
-EXIT_BAD_LOGITS = 6
+EXIT_DISTRUSTED = 6
 OOM_SCORE_EXTRA = 300
 _PR_SET_PDEATHSIG = 1
 _MEMORY_RESERVE_BYTES = 4 << 20
-# After these nothing in this process is trusted with another event: neither its memory nor what lies in it.
-_LAST_FAULTS = {"worker.out_of_memory": EXIT_OUT_OF_MEMORY, "worker.bad_logits": EXIT_BAD_LOGITS}
 
 Progress = Callable[[int, int], None]
 
@@ -140,11 +138,11 @@ def _serve(channel: FrameChannel, decider: Decider) -> int:
             status = EXIT_OUT_OF_MEMORY
             reply = _last_words("worker.out_of_memory", "allocation failed while deciding")
         except EdgeError as error:
-            status = _LAST_FAULTS.get(error.code)
-            if status is None:
+            if error.code not in LAST_FAULTS:
                 reply = {"error": error_message(error)}
             else:
                 reserve.clear()
+                status = EXIT_OUT_OF_MEMORY if error.code == "worker.out_of_memory" else EXIT_DISTRUSTED
                 reply = _last_words(error.code, error.detail)
         except Exception as error:  # noqa: BLE001 - a defect must cost one event, not the process
             _log(traceback.format_exc())

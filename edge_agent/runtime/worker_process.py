@@ -19,7 +19,7 @@ from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenMiss, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.child import ChildProcess, OnLine
-from edge_agent.runtime.frames import FrameChannel, FrameTimeout, Message, error_from
+from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, FrameTimeout, Message, error_from
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.settings import ENV_PREFIX, WorkerSettings
 
@@ -29,7 +29,6 @@ WORKER_MODULE = "edge_agent.runtime.worker"
 GRACE_S = 1.0
 STOP_TIMEOUT_S = 2.0
 _REAP_TIMEOUT_S = 5.0
-_LAST_FAULTS = frozenset({"worker.out_of_memory", "worker.bad_logits"})
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -121,9 +120,9 @@ class WorkerProcess:
 
         Raises:
             RefusedError: ``task.unknown``, ``event.*``.
-            PermanentError: ``worker.deadline``, ``worker.inference``, ….
-            TransientError: ``worker.died``, ``worker.stuck``, ``worker.out_of_memory``, ``worker.bad_logits``,
-                ``worker.protocol``, ``worker.not_running``; the process is gone then and `start` begins a new one.
+            PermanentError: ``worker.deadline``, ``worker.internal``, ….
+            TransientError: ``worker.died``, ``worker.stuck``, ``worker.protocol``, ``worker.not_running``, and the
+                `LAST_FAULTS`; the process is gone then and `start` begins a new one.
         """
         reply = self._ask({"op": "decide", "task": task, "event": event, "deadline_s": deadline_s}, deadline_s)
         return Answer.from_dict(reply["answer"])
@@ -189,7 +188,7 @@ class WorkerProcess:
             raise TransientError("worker.protocol", "the worker answered another request")
         if "error" in message:
             fault = error_from(message["error"])
-            if fault.code in _LAST_FAULTS:
+            if fault.code in LAST_FAULTS:
                 self._end()  # it exits by itself
             raise fault
         return message

@@ -94,14 +94,19 @@ def test_a_kernel_that_nothing_can_interrupt_is_killed_with_its_worker_after_the
     assert worker.decide("triage", SHORT, 30.0).passes > 0
 
 
-def test_a_process_that_computed_no_numbers_answers_no_further_event(
-    damaged: Damaged, worker_on: Callable[..., WorkerProcess]
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [(damaged_graphs.no_number, "worker.bad_logits"), (damaged_graphs.refuses, "worker.inference")],
+    ids=["no_number", "refuses"],
+)
+def test_a_process_in_which_arithmetic_failed_answers_no_further_event(
+    damaged: Damaged, worker_on: Callable[..., WorkerProcess], damage: Damage, code: str
 ) -> None:
-    worker = worker_on(damaged(damaged_graphs.no_number), grace_s=1.0)
+    worker = worker_on(damaged(damage), grace_s=1.0)
     before = timeless(worker.decide("triage", SHORT, 30.0))
     fault = fault_of(lambda: worker.decide("triage", LONG_EVENT, 30.0))
     assert isinstance(fault, TransientError), "a fresh process may try it once more"
-    assert (fault.code, worker.alive) == ("worker.bad_logits", False)
+    assert (fault.code, worker.alive) == (code, False)
     worker.start()
     assert timeless(worker.decide("triage", SHORT, 30.0)) == before
 

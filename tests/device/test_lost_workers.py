@@ -81,6 +81,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         ("exit", "worker.died"),
         ("garbage", "worker.protocol"),
         ("no_number", "worker.bad_logits"),
+        ("refused_pass", "worker.inference"),
     ],
 )
 def test_an_event_that_costs_a_worker_is_tried_twice_then_buried_and_the_next_one_is_answered(

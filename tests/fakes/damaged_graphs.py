@@ -66,6 +66,17 @@ def one_long_kernel(decoder: Path) -> None:
     )
 
 
+def refuses(decoder: Path) -> None:
+    """A long pass makes ONNX Runtime report a fault: two elements out of one."""
+    _add_to_scores(
+        decoder,
+        [
+            helper.make_node("Add", ["bad_is_long", "bad_one"], ["bad_shape"]),
+            helper.make_node("Reshape", ["bad_zero_f", "bad_shape"], ["bad_addend"]),
+        ],
+    )
+
+
 def no_number(decoder: Path) -> None:
     """A long pass scores everything NaN, and keeps NaN in the last layer's cache."""
     _spoil_long_passes(decoder, float("nan"))
@@ -139,6 +150,7 @@ def _save(model: Any, decoder: Path) -> None:
     numbers: dict[str, tuple[list[int], int]] = {
         "bad_limit": ([1], LONG_PASS_TOKENS),
         "bad_zero": ([1], 0),
+        "bad_one": ([1], 1),
         "bad_least": ([], 0),
         "bad_most": ([], 1),
         "bad_forever": ([1], _FOREVER),

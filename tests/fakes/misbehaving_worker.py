@@ -21,6 +21,7 @@ _LEAK_BYTES = 16 << 20
 _FAULTS = {
     "refuse": RefusedError("event.too_long", "as the test asked", tokens=12),
     "no_number": PermanentError("worker.bad_logits", "as the test asked"),
+    "refused_pass": PermanentError("worker.inference", "as the test asked"),
 }
 _NONSENSE = {
     "garbage": b"\xff\xff\xff\xff garbage",
@@ -61,7 +62,7 @@ class Misbehaving:
                 os.abort() if end == "abort" else os._exit(9)
             case "raise":
                 raise ZeroDivisionError("a defect")
-            case "refuse" | "no_number" as fault:
+            case "refuse" | "no_number" | "refused_pass" as fault:
                 raise _FAULTS[fault]
             case "garbage" | "not_json" | "stale" as nonsense:
                 os.write(self._fd, _NONSENSE[nonsense])
