@@ -27,7 +27,8 @@ from edge_agent.errors import EdgeError, IntegrityError, PermanentError, from_os
 from edge_agent.health.hardware import hardware_facts, hardware_telemetry
 from edge_agent.health.notify import Notifier
 from edge_agent.log import configure, get_logger
-from edge_agent.runtime.serving import ServingWorker
+from edge_agent.runtime.serving import ServingWorker, worker_on
+from edge_agent.runtime.thread_choice import FILE_NAME, ThreadChoice
 from edge_agent.settings import Settings
 from edge_agent.update.updater import Updater
 from edge_agent.updating import ModelExchange
@@ -66,9 +67,12 @@ class Agent:
         self._spool = Spool(
             settings.state_dir / "spool.sqlite", settings.spool, deadletter_topic=self._topics.deadletter
         )
-        self._serving = ServingWorker(settings.worker)
+        threads = ThreadChoice(settings.worker, settings.state_dir / FILE_NAME)
+        self._serving = ServingWorker(
+            settings.worker, lambda bundle, digest: worker_on(bundle, digest, threads.settings_for(digest))
+        )
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
-        self._exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._announce_model)
+        self._exchange = ModelExchange(self._serving, threads, self._publish_reported, self._announce_model)
         self._updater = Updater(settings.update, settings.state_dir, settings.node.name, self._exchange)
         self._answering = Answering(
             self._spool,
@@ -204,6 +208,7 @@ class Agent:
             hardware=hardware_facts(),
             execution_providers=facts.providers if facts else (),
             tasks=tuple(model.tasks) if model else (),
+            worker_threads=facts.threads if facts else None,
         )
 
     def _publish_reported(self, reported: Reported) -> None:
@@ -224,6 +229,7 @@ class Agent:
             decisions=counts.decisions,
             errors=counts.errors,
             worker_deaths=self._serving.deaths_total,
+            workers_outgrown=self._serving.outgrown_total,
             p50_ms=counts.latency_ms(0.50),
             p95_ms=counts.latency_ms(0.95),
             passes_per_decision=counts.passes / counts.decisions if counts.decisions else None,

@@ -12,6 +12,7 @@ from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, RefusedError, TransientError
 from edge_agent.log import get_logger
 from edge_agent.runtime.answer import Answer
+from edge_agent.runtime.frames import LAST_FAULTS
 from edge_agent.runtime.serving import ServingWorker
 from edge_agent.settings import NodeSettings
 from edge_agent.uplink.cloudevents import decision_message
@@ -21,7 +22,7 @@ from edge_agent.uplink.spool import Spool
 _log = get_logger(__name__)
 _MODEL_AREAS = ("worker.", "bundle.")
 # The worker was lost over this very event; anything else that is transient is not the event's doing.
-_LOST_WORKER = frozenset({"worker.died", "worker.stuck", "worker.protocol", "worker.out_of_memory"})
+_LOST_WORKER = LAST_FAULTS | {"worker.died", "worker.stuck", "worker.protocol"}
 # No worker has seen the event.
 _NOT_READY = "worker.not_ready"
 # How long an event that a candidate could not answer stands aside before the candidate sees it again.
@@ -170,7 +171,7 @@ class Answering:
             _log.warning("candidate_failed", event_id=row.event_id, error=error)
             return Step.BLOCKED
         if error.code in _LOST_WORKER:
-            buried = self._spool.worker_died(row.inbox_id)
+            buried = self._spool.worker_died(row.inbox_id, error)
             _log.error("worker_lost", event_id=row.event_id, buried=buried, error=error)
             return Step.BURIED if buried else Step.BLOCKED
         if isinstance(error, TransientError):

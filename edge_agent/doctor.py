@@ -22,6 +22,7 @@ from edge_agent.health.doctor import (
     checked,
 )
 from edge_agent.runtime.answer import WorkerFacts
+from edge_agent.runtime.thread_choice import FILE_NAME, ThreadChoice
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import Settings, load_settings
 from edge_agent.update.slots import InstalledBundle, Slots
@@ -108,7 +109,8 @@ def _files(active: InstalledBundle) -> str:
 
 def _inference(settings: Settings, active: InstalledBundle) -> str:
     """Load the bundle in a worker of its own and run its golden examples: the proof that this machine can decide."""
-    worker = WorkerProcess(active.path, active.digest, settings.worker)
+    threads = ThreadChoice(settings.worker, settings.state_dir / FILE_NAME)
+    worker = WorkerProcess(active.path, active.digest, threads.settings_for(active.digest))
     try:
         facts = worker.start()
         outcome = worker.run_golden()

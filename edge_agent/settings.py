@@ -123,8 +123,19 @@ class SpoolSettings(_Section):
 class WorkerSettings(_Section):
     """The inference worker process."""
 
-    threads: int = Field(default=0, ge=0, le=256, description="0: half the cores, at least one, at most four")
+    threads: int = Field(
+        default=0, ge=0, le=256, description="0: what an installation's sweep found, else half the cores, one to four"
+    )
+    thread_sweep_s: float = Field(
+        default=60.0, ge=0, description="an installation measures thread counts for this long at most; 0: never"
+    )
+    niceness: int = Field(default=0, ge=0, le=19, description="how far the worker stands back for other programs")
     memory_limit_bytes: int = Field(default=2 << 30, ge=64 << 20, description="address-space growth past the load")
+    rss_limit_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="a larger worker is replaced between two events; 0: 256 MiB and half beyond the load",
+    )
     start_timeout_s: Positive = Field(default=60.0, description="from the start of the process to a loaded bundle")
     restart_backoff_max_s: Positive = Field(default=30.0, description="longest pause before a dead worker's restart")
 

@@ -86,6 +86,7 @@ class Meta(_Payload):
     hardware: dict[str, Any]
     execution_providers: tuple[str, ...]
     tasks: tuple[str, ...]
+    worker_threads: int | None = None
     commands: tuple[str, ...] = ()
 
 
@@ -150,12 +151,16 @@ class QueueTelemetry(_Payload):
 
 
 class InferenceTelemetry(_Payload):
-    """``tele/inference``: since the worker's start; latencies over the last window."""
+    """``tele/inference``: since the worker's start; latencies over the last window.
+
+    ``workers_outgrown`` are those of the ``worker_deaths`` that the agent brought about, because a worker leaked.
+    """
 
     schema_version: Literal[1] = 1
     decisions: int
     errors: int
     worker_deaths: int
+    workers_outgrown: int = 0
     p50_ms: float | None
     p95_ms: float | None
     passes_per_decision: float | None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import platform
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from edge_agent.contract.event import Event
 from edge_agent.errors import RefusedError
 from edge_agent.runtime.answer import percentile
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.machine_kind import machine_kind
 from edge_agent.runtime.memory import peak_rss_bytes
 from edge_agent.runtime.prepared import PreparedTask
 
@@ -74,7 +72,7 @@ def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float 
         "decode_pass_ms": 1000 / decode,
         "prefix_tokens": prepared.prefix_tokens,
         "event_tokens": len(event_tokens),
-        "machine": _machine(),
+        "machine": machine_kind(),
         "peak_rss_bytes": peak_rss_bytes(),
         "load_s": load_s,
         "first_decision_s": load_s + first.latency_ms / 1000,
@@ -118,20 +116,6 @@ def _prefix_ms(engine: Engine, task: str) -> float:
         prepared.cache.forward(prefix)
         taken_ms.append((time.monotonic() - started_s) * 1000)
     return percentile(taken_ms, 0.5)
-
-
-def _machine(root: Path = Path("/")) -> str:
-    """Kind of the machine: architecture, and the name of its board or processor; never the host's name."""
-    named = ""
-    for file, pattern in (("proc/device-tree/model", r"([^\0\n]+)"), ("proc/cpuinfo", r"(?m)^model name\s*:\s*(.+)$")):
-        try:
-            found = re.search(pattern, (root / file).read_text("utf-8", "replace"))
-        except OSError:
-            continue
-        if found:
-            named = found[1].strip()
-            break
-    return ", ".join(filter(None, (platform.machine(), named)))
 
 
 def _step(prepared: PreparedTask, depth: int, token: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,13 +32,12 @@ def choose(logits: NDArray[np.float32], rows: NDArray[np.int64], temperature: fl
     Raises:
         PermanentError: ``worker.bad_logits`` when scores are not finite, or the whole vocabulary scores the same.
     """
+    # All of them, not the allowed ones alone: a model that is broken beside the answer is not sound at the answer.
+    if not np.isfinite(logits).all():
+        raise PermanentError("worker.bad_logits", "the model's scores are not finite numbers")
     scores = logits[rows].astype(np.float64)
     best = int(scores.argmax())
-    top = float(scores[best])
-    # One infinite or missing score makes the sum so too.
-    total = float(np.exp((scores - top) / temperature).sum()) if math.isfinite(top) else math.nan
-    if not (math.isfinite(total) and math.isfinite(float(scores.min()))):
-        raise PermanentError("worker.bad_logits", "the model's scores are not finite numbers")
+    total = float(np.exp((scores - scores[best]) / temperature).sum())
     if len(rows) > 1 and total == len(rows) and float(np.ptp(logits)) == 0.0:
         raise PermanentError("worker.bad_logits", "the model scores its whole vocabulary the same")
     return best, 1.0 / total

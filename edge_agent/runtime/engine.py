@@ -108,7 +108,7 @@ class Engine:
         Args:
             task: one of `tasks`.
             event: a flat event.
-            deadline_s: seconds from now after which no further pass begins.
+            deadline_s: seconds from now after which no further pass begins, and the one under way ends.
 
         Returns:
             A schema-valid answer.
@@ -130,7 +130,7 @@ class Engine:
         Args:
             task: one of `tasks`.
             events: flat events, the most urgent first.
-            deadline_s: seconds from now after which no further pass begins.
+            deadline_s: seconds from now after which no further pass begins, and the one under way ends.
 
         Returns:
             For each event its answer, or the fault that it alone had (as `decide` raises).
@@ -156,7 +156,9 @@ class Engine:
         for first in range(0, len(waiting), rows):
             together = waiting[first : first + rows]
             questions = [Question(asked.prompt, started_s + deadline_s) for _, asked in together]
-            for (place, asked), decoded in zip(together, prepared.decode(questions), strict=True):
+            with self._session.limit.until(started_s + deadline_s):
+                decodeds = prepared.decode(questions)
+            for (place, asked), decoded in zip(together, decodeds, strict=True):
                 found[place] = _answered(prepared, asked, decoded, started_s)
         return [one for one in found if one is not None]
 

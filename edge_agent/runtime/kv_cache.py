@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.library_errors import mapped
+from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import CACHE_DEVICES
 
 KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
@@ -57,10 +58,12 @@ class Head:
         session: maps ``hidden`` to ``logits``.
         rows: tokens that it scores.
         scores: positions that it scores at once, at most.
+        limit: ends passes that take too long.
     """
 
-    def __init__(self, session: Any, rows: int, scores: int) -> None:
+    def __init__(self, session: Any, rows: int, scores: int, limit: PassLimit) -> None:
         self._session = session
+        self._run_options = limit.run_options
         size = session.get_inputs()[0].shape[2]
         self.hidden: Logits = np.zeros((scores, 1, size), np.float32)  # (scores, 1, hidden): the decoder writes here
         self.logits: Logits = np.zeros((scores, 1, rows), np.float32)
@@ -70,7 +73,7 @@ class Head:
         """Compute the first ``count`` rows of ``logits`` from those of ``hidden``."""
         bind(self._binding, "input", "hidden", self.hidden, (count, *self.hidden.shape[1:]))
         bind(self._binding, "output", "logits", self.logits, (count, *self.logits.shape[1:]))
-        mapped("running the model", lambda: self._session.run_with_iobinding(self._binding))
+        mapped("running the model", lambda: self._session.run_with_iobinding(self._binding, self._run_options))
 
 
 class KvCache:
@@ -78,10 +81,11 @@ class KvCache:
 
     Args:
         session: the loaded decoder.
-        spec: its shape.
+        head: the head's session, where it is apart, else None.
+        spec: the model's shape.
+        limit: ends passes that take too long.
         capacity_tokens: most positions that a row can hold.
         head_rows: tokens that the head scores.
-        head: the head's session, where it is apart.
         rows: sequences; more than one only where the graph takes ``score_at``.
 
     Raises:
@@ -89,7 +93,15 @@ class KvCache:
     """
 
     def __init__(
-        self, session: Any, spec: ModelSpec, capacity_tokens: int, head_rows: int, head: Any = None, rows: int = 1
+        self,
+        session: Any,
+        head: Any,
+        spec: ModelSpec,
+        limit: PassLimit,
+        capacity_tokens: int,
+        head_rows: int,
+        *,
+        rows: int = 1,
     ) -> None:
         self.capacity_tokens = capacity_tokens
         self.rows = rows
@@ -97,6 +109,7 @@ class KvCache:
         self.scores_many = bool(spec.score_at)
         self._session = session
         self._spec = spec
+        self._run_options = limit.run_options
         scores = MAX_SCORES if self.scores_many else 1
         device = CACHE_DEVICES.get(session.get_providers()[0], "cpu")
         shape = (2 * spec.num_layers, rows, spec.num_kv_heads, capacity_tokens, spec.head_dim)
@@ -107,7 +120,7 @@ class KvCache:
             self._mask = np.zeros((rows, capacity_tokens), np.int64)
             self._counts = np.zeros(rows, np.int32)  # (rows,): real tokens of each row of the pass
             self._score_at = np.zeros((scores, 2), np.int64)
-            self._head = Head(head, head_rows, scores) if head is not None else None
+            self._head = Head(head, head_rows, scores, limit) if head is not None else None
             self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
         except MemoryError as error:
             raise PermanentError(
@@ -242,7 +255,8 @@ class KvCache:
             bind(binding, "output", "logits", self._logits, (scores, 1, self._logits.shape[2]))
         else:
             bind(binding, "output", "hidden", self._head.hidden, (scores, 1, self._head.hidden.shape[2]))
-        mapped("running the model", lambda: self._session.run_with_iobinding(binding))
+        # A pass that fails half-way has written only behind what counts, where the next one writes again.
+        mapped("running the model", lambda: self._session.run_with_iobinding(binding, self._run_options))
 
     def _binding(self, first: int, count: int) -> Any:
         """The bound caches of ``count`` rows from ``first`` on: bound once, for they never move."""

@@ -30,6 +30,7 @@ _LIBRARY_ERRORS = tuple(
     )
 )
 _MEMORY_WORDS = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "cannot allocate memory")
+_TERMINATED = "terminate flag"
 _CORRUPT_WORDS = (
     "protobuf parsing failed",
     "external data",
@@ -56,10 +57,12 @@ def map_library_error(doing: str, error: BaseException) -> EdgeError:
 
     Returns:
         ``worker.out_of_memory``, ``bundle.file_missing``, ``bundle.file_corrupt``, ``bundle.unsupported``, or
-        ``worker.inference`` for a run.
+        ``worker.deadline`` (see `pass_limit`) or ``worker.inference`` for a run.
     """
     text = str(error)
     lowered = text.lower()
+    if _TERMINATED in lowered:
+        return PermanentError("worker.deadline", f"deadline passed while {doing}")
     if isinstance(error, MemoryError) or any(word in lowered for word in _MEMORY_WORDS):
         return PermanentError("worker.out_of_memory", f"{doing}: {text or 'allocation failed'}")
     if doing != "loading the model":

@@ -20,10 +20,13 @@ from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError, IntegrityError, TransientError
 from edge_agent.log import get_logger
 from edge_agent.runtime.answer import Answer, WorkerFacts, percentile
+from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 
 FIRST_BACKOFF_S = 0.2
+# What a worker may grow by, resident, before it is taken to leak: an event's buffers are a fraction of this.
+SPARE_RSS_BYTES = 256 << 20
 _LATENCY_WINDOW = 512
 _log = get_logger(__name__)
 
@@ -96,6 +99,7 @@ class ServingWorker:
 
     Attributes:
         deaths_total: since the start of the agent.
+        outgrown_total: of these, workers that were ended because they had grown too large.
         last_facts: what the newest worker loaded.
         start_fault: why the last restart failed; None once a worker runs again.
     """
@@ -111,6 +115,7 @@ class ServingWorker:
         self._retry_at_s = 0.0
         self._paused = False
         self.deaths_total = 0
+        self.outgrown_total = 0
         self.last_facts: WorkerFacts | None = None
         self.start_fault: EdgeError | None = None
 
@@ -169,10 +174,10 @@ class ServingWorker:
 
         Raises:
             TransientError: ``worker.not_ready`` (no model yet, paused, waiting out a backoff, or a start that failed:
-                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol``,
-                ``worker.out_of_memory``: it was lost over this event, which may be tried again.
+                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol`` and the
+                `LAST_FAULTS`: it was lost over this event, which may be tried again.
             RefusedError: the event or task is at fault.
-            PermanentError: the model is at fault (``worker.deadline``, ``worker.bad_logits``).
+            PermanentError: the model is at fault (``worker.deadline``).
         """
         with self._lock:
             worker, model = self._running_worker()
@@ -180,8 +185,10 @@ class ServingWorker:
                 answer = worker.decide(task, event, deadline_s)
             except EdgeError as error:
                 self._count_failure(worker, error)
+                self._end_outgrown()
                 raise
             self._count_answer(answer)
+            self._end_outgrown()
             return answer, model.ref
 
     def keep_alive(self) -> None:
@@ -251,6 +258,20 @@ class ServingWorker:
         if error.kind != "refused":
             # A refused event is the sender's fault and says nothing about the model.
             self._counts.errors += 1
+
+    def _end_outgrown(self) -> None:
+        """End a worker that leaks: here, between two events, where none is lost by it."""
+        pid = None if self._worker is None else self._worker.pid
+        size = None if pid is None else rss_bytes(pid)
+        if size is None or self.last_facts is None:
+            return
+        loaded = self.last_facts.rss_bytes
+        limit = self._settings.rss_limit_bytes or loaded + max(loaded // 2, SPARE_RSS_BYTES)
+        if size > limit:
+            _log.error("worker_outgrown", rss_bytes=size, limit_bytes=limit, loaded_bytes=loaded)
+            self.outgrown_total += 1
+            # A death like any other: in probation it counts against the candidate.
+            self._count_death()
 
     def _count_death(self) -> None:
         self._counts.worker_deaths += 1

@@ -16,6 +16,7 @@ from edge_agent.errors import PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.library_errors import mapped
+from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import DYNAMIC, PROVIDERS, check_loaded, use_provider
 
 MAX_DEFAULT_THREADS = 4
@@ -46,6 +47,7 @@ class ModelSession:
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
         self.spec: ModelSpec = manifest.model
+        self.limit = PassLimit()
         check_runtime(manifest)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -74,7 +76,7 @@ class ModelSession:
         Raises:
             PermanentError: ``worker.out_of_memory``.
         """
-        return KvCache(self._decoder, self.spec, capacity_tokens, self._rows, self._head, rows)
+        return KvCache(self._decoder, self._head, self.spec, self.limit, capacity_tokens, self._rows, rows=rows)
 
 
 def _load(path: Path, wanted: dict[str, Any]) -> Any:

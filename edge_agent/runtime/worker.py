@@ -7,6 +7,7 @@ a time, ends when its socket closes, and is killed by the kernel when the agent 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -20,12 +21,13 @@ from typing import Protocol
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
-from edge_agent.runtime.frames import FrameChannel, Message, error_message
-from edge_agent.runtime.memory import limit_growth, volunteer_for_oom_kill
+from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
+from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
 
 EXIT_LOAD_FAILED = 3
 EXIT_OUT_OF_MEMORY = 4
 EXIT_PROTOCOL = 5
+EXIT_DISTRUSTED = 6
 OOM_SCORE_EXTRA = 300
 _PR_SET_PDEATHSIG = 1
 _MEMORY_RESERVE_BYTES = 4 << 20
@@ -64,8 +66,14 @@ class EngineDecider:
     def __init__(self, bundle: Path, digest: str, threads: int) -> None:
         from edge_agent.runtime.bundle import open_installed_bundle
         from edge_agent.runtime.engine import Engine
+        from edge_agent.runtime.providers import CPU, PROVIDERS
 
-        self._engine = Engine(open_installed_bundle(bundle, digest), threads)
+        verified = open_installed_bundle(bundle, digest)
+        if PROVIDERS[verified.manifest.target] == CPU:
+            # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
+            # reserve far more addresses than they use.
+            limit_growth(physical_bytes())
+        self._engine = Engine(verified, threads)
 
     def facts(self) -> WorkerFacts:
         """What was loaded."""
@@ -91,6 +99,9 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
     options = _parse(argv)
     _tie_to_parent(options.parent)
     volunteer_for_oom_kill(OOM_SCORE_EXTRA)
+    # Where a sandbox forbids it, the work is done at the service's own priority.
+    with contextlib.suppress(OSError):
+        os.nice(options.niceness)
     # The agent decides when to end: a Ctrl-C or a stop of the whole service must not cut an answer short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -110,7 +121,7 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
 
 def _serve(channel: FrameChannel, decider: Decider) -> int:
     # Freed when memory runs out, so that there is room to say so.
-    reserve: bytearray | None = bytearray(_MEMORY_RESERVE_BYTES)
+    reserve = bytearray(_MEMORY_RESERVE_BYTES)
     while True:
         try:
             request = channel.receive()
@@ -119,23 +130,26 @@ def _serve(channel: FrameChannel, decider: Decider) -> int:
             return EXIT_PROTOCOL
         if request is None or request.get("op") == "stop":
             return 0
+        status: int | None = None
         try:
             reply = _answer(channel, decider, request)
         except MemoryError:
-            reserve = None
-            reply = {"error": error_message(_out_of_memory("allocation failed while deciding"))}
+            reserve.clear()
+            status = EXIT_OUT_OF_MEMORY
+            reply = _last_words("worker.out_of_memory", "allocation failed while deciding")
         except EdgeError as error:
-            if error.code == "worker.out_of_memory":
-                reserve = None
-                reply = {"error": error_message(_out_of_memory(error.detail))}
-            else:
+            if error.code not in LAST_FAULTS:
                 reply = {"error": error_message(error)}
+            else:
+                reserve.clear()
+                status = EXIT_OUT_OF_MEMORY if error.code == "worker.out_of_memory" else EXIT_DISTRUSTED
+                reply = _last_words(error.code, error.detail)
         except Exception as error:  # noqa: BLE001 - a defect must cost one event, not the process
             _log(traceback.format_exc())
             reply = {"error": error_message(PermanentError("worker.internal", repr(error)[:500]))}
         channel.send({**reply, "id": request.get("id")})
-        if reserve is None:
-            return EXIT_OUT_OF_MEMORY
+        if status is not None:
+            return status
 
 
 def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Message:
@@ -155,9 +169,10 @@ def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Messag
             raise PermanentError("worker.protocol", f"unknown request {other!r}")
 
 
-def _out_of_memory(detail: str) -> TransientError:
-    # Transient: the next process starts with all of its memory. The agent bounds how often one event may try.
-    return TransientError("worker.out_of_memory", detail)
+def _last_words(code: str, detail: str) -> Message:
+    # Transient: the next process starts with all of its memory, and with weights and prefixes from verified files. The
+    # agent bounds how often one event may try.
+    return {"error": error_message(TransientError(code, detail))}
 
 
 def _tie_to_parent(parent_pid: int) -> None:
@@ -174,6 +189,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--digest", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)
+    parser.add_argument("--niceness", type=int, required=True)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 """The agent's side of the worker: start it, ask it, survive it. Imports no native inference library.
 
-Two clocks watch every event. The worker checks the deadline between passes and answers with an error. Should it be
-stuck inside a pass, this side kills it a grace period later; the next `start` begins afresh.
+Two clocks watch every event. The worker checks the deadline between passes and between the nodes of a pass, and
+answers with an error. Should it be stuck inside one node, this side kills it a grace period later; the next `start`
+begins afresh.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenMiss, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.child import ChildProcess, OnLine
-from edge_agent.runtime.frames import FrameChannel, FrameTimeout, Message, error_from
+from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, FrameTimeout, Message, error_from
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.settings import ENV_PREFIX, WorkerSettings
 
@@ -119,9 +120,9 @@ class WorkerProcess:
 
         Raises:
             RefusedError: ``task.unknown``, ``event.*``.
-            PermanentError: ``worker.deadline``, ``worker.bad_logits``, ….
-            TransientError: ``worker.died``, ``worker.stuck``, ``worker.out_of_memory``, ``worker.not_running``; the
-                process is gone then and `start` begins a new one.
+            PermanentError: ``worker.deadline``, ``worker.internal``, ….
+            TransientError: ``worker.died``, ``worker.stuck``, ``worker.protocol``, ``worker.not_running``, and the
+                `LAST_FAULTS`; the process is gone then and `start` begins a new one.
         """
         reply = self._ask({"op": "decide", "task": task, "event": event, "deadline_s": deadline_s}, deadline_s)
         return Answer.from_dict(reply["answer"])
@@ -154,6 +155,7 @@ class WorkerProcess:
         command = [sys.executable, "-P", "-m", self._module, "--fd", str(theirs.fileno())]
         command += ["--parent", str(os.getpid()), "--bundle", str(self._bundle_dir), "--digest", self._digest]
         command += ["--threads", str(settings.threads), "--memory-limit", str(settings.memory_limit_bytes)]
+        command += ["--niceness", str(settings.niceness)]
         try:
             with theirs:
                 self._child = ChildProcess(command, _environment(), theirs.fileno(), self._on_log)
@@ -186,7 +188,7 @@ class WorkerProcess:
             raise TransientError("worker.protocol", "the worker answered another request")
         if "error" in message:
             fault = error_from(message["error"])
-            if fault.code == "worker.out_of_memory":
+            if fault.code in LAST_FAULTS:
                 self._end()  # it exits by itself
             raise fault
         return message

@@ -26,7 +26,8 @@ from edge_agent.uplink.ports import UplinkPorts
 from edge_agent.uplink.spool import Spool
 
 BATCH_MAX = 100
-POLL_S = 0.2
+# How soon the intake sees a stop or a new connection; an idle node wakes up for it this often.
+POLL_S = 0.5
 RETRY_S = 0.5
 _log = get_logger(__name__)
 

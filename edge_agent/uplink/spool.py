@@ -177,8 +177,8 @@ class Spool:
         self._leased.discard(inbox_id)
         return True
 
-    def worker_died(self, inbox_id: int) -> bool:
-        """Record that a worker died over this event, and end the lease.
+    def worker_died(self, inbox_id: int, fault: EdgeError) -> bool:
+        """Record that a worker was lost over this event, by ``fault``, and end the lease.
 
         Returns:
             True when that was the second time and the event was buried as ``event.poison``.
@@ -188,7 +188,7 @@ class Spool:
             db.execute("UPDATE inbox SET attempts = attempts + 1 WHERE id = ?", (inbox_id,))
             row = inbox_row(db, inbox_id)
             if row is not None and row[5] >= MAX_ATTEMPTS:
-                error = PermanentError("event.poison", f"the worker died {row[5]} times over this event")
+                error = PermanentError("event.poison", f"lost {row[5]} workers over this event, at last: {fault}")
                 buried = self.bury(inbox_id, error) is not None
         self._leased.discard(inbox_id)
         return buried

@@ -1,4 +1,4 @@
-"""Answers in lanes are those of plain decoding, whatever is drafted, whoever shares the pass, whatever was seen before."""
+"""Answers in lanes are those of plain decoding, whatever is drafted, whoever shares the pass."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ class HashRows:
             assert list(one.score_at) == sorted(set(one.score_at))
             row = self._tokens[one.row] = [*self._tokens[one.row][: one.past], *one.tokens]
             ends = [one.past + at + 1 for at in one.score_at]
-            scores = np.array([self._model.scores_after(row[START:end]) for end in ends])
-            found.append(scores * np.nan if one.row == self._broken_row else scores)
+            scores = np.array([self._model.scores_after(row[START:end]) for end in ends], np.float32)
+            if one.row == self._broken_row:
+                scores[:] = np.nan
+            found.append(scores)
         return found
 
 
