@@ -1,12 +1,19 @@
-"""The agent's loop body: one event from the inbox becomes one decision in the outbox."""
+"""The agent's loop body: one event from the inbox becomes one decision in the outbox.
+
+Events that wait may be answered together, where the model can and it pays. Each is still written by itself: what is
+answered and not yet written lies in memory only, its event in the inbox.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
-from edge_agent.contract.event import parse_event
+from edge_agent.batching import BatchSize
+from edge_agent.contract.event import Event, parse_event
 from edge_agent.contract.messages import Decision, ModelRef, decision_id, now_ms
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, RefusedError, TransientError
@@ -56,6 +63,21 @@ def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> De
     )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What became of an event that was taken.
+
+    Args:
+        row: the event, leased.
+        answer: of the model, or the fault that kept it from one.
+        model: that answered.
+    """
+
+    row: InboxEvent
+    answer: Answer | EdgeError
+    model: ModelRef | None = None
+
+
 class Answering:
     """Takes events by priority, has them answered, and swaps each for its decision in one transaction.
 
@@ -86,6 +108,9 @@ class Answering:
         self._topics = topics
         self._on_probation = on_probation
         self._clock = clock
+        self._batch_size = BatchSize()
+        self._alone: set[int] = set()  # inbox ids; a worker was lost over one of them, nobody knows which
+        self._found: deque[_Found] = deque()
         self._aside: dict[int, float] = {}  # inbox id -> when it comes back
         self._unwritten: tuple[InboxEvent, Decision] | None = None
         self._waits_for: str | None = None
@@ -112,17 +137,22 @@ class Answering:
         if self._unwritten is not None:
             return self._publish(*self._unwritten)
         self._end_leases()
-        if not self._serving.ready:
-            return Step.BLOCKED
-        row = self._spool.next_event()
-        if row is None:
-            return Step.IDLE
+        if not self._found:
+            if not self._serving.ready:
+                return Step.BLOCKED
+            row = self._spool.next_event()
+            if row is None:
+                return Step.IDLE
+            self._found.extend(self._ask(row))
+            if not self._found:
+                return Step.BLOCKED
+        found = self._found.popleft()
         try:
-            return self._answer(row)
+            return self._conclude(found)
         except TransientError:
             # The event keeps its place, and no acknowledgement is taken back.
             if self._unwritten is None:
-                self._spool.release(row.inbox_id)
+                self._spool.release(found.row.inbox_id)
             raise
 
     def _end_leases(self) -> None:
@@ -133,17 +163,72 @@ class Answering:
                 del self._aside[inbox_id]
                 self._spool.release(inbox_id)
 
-    def _answer(self, row: InboxEvent) -> Step:
+    def _ask(self, row: InboxEvent) -> list[_Found]:
+        """What the model says of an event, and of those that it is answered together with."""
         model = self._serving.model
+        if model is None or row.task not in model.tasks:
+            return [_Found(row, RefusedError("task.unknown", f"no task {row.task!r} in the active bundle"))]
+        task = model.tasks[row.task]
+        deadline_s = task.deadline_ms / 1000
+        rows = [row, *self._others(row, deadline_s)]
+        asked: list[tuple[InboxEvent, Event]] = []
+        found: list[_Found] = []
+        for one in rows:
+            try:
+                asked.append((one, parse_event(one.payload, max_bytes=task.limits.max_event_bytes)))
+            except EdgeError as error:
+                found.append(_Found(one, error))
+        if len(asked) == 1:
+            return [self._ask_one(*asked[0], deadline_s), *found]
+        return [*self._ask_many(asked, deadline_s), *found] if asked else found
+
+    def _others(self, row: InboxEvent, deadline_s: float) -> list[InboxEvent]:
+        """Events to answer together with one, leased."""
+        if row.inbox_id in self._alone or row.attempts:
+            return []
+        most = self._serving.together
+        others = self._spool.next_alike(row, most - 1) if most > 1 else []
+        size = self._batch_size.choose(1 + len(others), most, deadline_s)
+        taken = [one for one in others[: size - 1] if one.inbox_id not in self._alone]
+        for one in others:
+            if one not in taken:
+                self._spool.release(one.inbox_id)
+        return taken
+
+    def _ask_one(self, row: InboxEvent, event: Event, deadline_s: float) -> _Found:
+        began_s = self._clock()
+        self._alone.discard(row.inbox_id)  # what it costs from now on, it alone is to blame for
         try:
-            if model is None or row.task not in model.tasks:
-                raise RefusedError("task.unknown", f"no task {row.task!r} in the active bundle")
-            task = model.tasks[row.task]
-            event = parse_event(row.payload, max_bytes=task.limits.max_event_bytes)
-            answer, model_ref = self._serving.decide(row.task, event, task.deadline_ms / 1000)
+            answer, model = self._serving.decide(row.task, event, deadline_s)
         except EdgeError as error:
-            return self._unanswered(row, error)
-        return self._publish(row, decision_of(answer, row.task, row.event_id, model_ref))
+            return _Found(row, error)
+        self._batch_size.learn(1, self._clock() - began_s)
+        return _Found(row, answer, model)
+
+    def _ask_many(self, asked: Sequence[tuple[InboxEvent, Event]], deadline_s: float) -> list[_Found]:
+        began_s = self._clock()
+        rows = [row for row, _ in asked]
+        try:
+            answers, model = self._serving.decide_many(rows[0].task, [event for _, event in asked], deadline_s)
+        except EdgeError as error:
+            for row in rows:
+                self._spool.release(row.inbox_id)
+            if error.code == _NOT_READY:
+                raise
+            # Any of them may be to blame, so none is: each is tried by itself.
+            self._alone.update(row.inbox_id for row in rows)
+            _log.error("worker_lost", events=len(rows), buried=False, error=error)
+            return []
+        self._batch_size.learn(len(rows), self._clock() - began_s)
+        return [_Found(row, answer, model) for row, answer in zip(rows, answers, strict=True)]
+
+    def _conclude(self, found: _Found) -> Step:
+        row, answer = found.row, found.answer
+        if isinstance(answer, EdgeError):
+            return self._unanswered(row, answer)
+        if found.model is None:  # cannot happen: an answer comes from a model
+            raise RefusedError("task.unknown", "an answer without a model")
+        return self._publish(row, decision_of(answer, row.task, row.event_id, found.model))
 
     def _publish(self, row: InboxEvent, decision: Decision) -> Step:
         # Kept until it is written: on a full disk the same decision is tried again, and nothing is inferred anew.

@@ -57,6 +57,7 @@ class WorkerFacts:
         tasks: names of the tasks that can be decided.
         prefix_tokens: per task, tokens of the cached prompt prefix.
         threads: intra-op threads.
+        together: events that may share passes; 1: each is answered alone.
         warnings: faults that do not prevent deciding, one sentence each.
     """
 
@@ -66,6 +67,7 @@ class WorkerFacts:
     tasks: tuple[str, ...]
     prefix_tokens: dict[str, int]
     threads: int
+    together: int = 1
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class Engine:
             tasks=tuple(self._tasks),
             prefix_tokens={name: task.prefix_tokens for name, task in self._tasks.items()},
             threads=self.threads,
+            together=min((task.rows for task in self._tasks.values()), default=1),
         )
 
     def prepared(self, task: str) -> PreparedTask:

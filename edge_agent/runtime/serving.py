@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +50,10 @@ class Worker(Protocol):
 
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         """Answer one event; raises EdgeError."""
+        ...
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Answer events that wait, each with its answer or its own fault; raises EdgeError when all are lost."""
         ...
 
     def stop(self) -> None:
@@ -190,6 +194,39 @@ class ServingWorker:
             self._count_answer(answer)
             self._end_outgrown()
             return answer, model.ref
+
+    def decide_many(
+        self, task: str, events: Sequence[Event], deadline_s: float
+    ) -> tuple[list[Answer | EdgeError], ModelRef]:
+        """Answer events that wait, as `decide` would each of them.
+
+        Returns:
+            For each event its answer or its own fault, and the model that gave them.
+
+        Raises:
+            TransientError: as `decide`: the worker was lost over one of them, nobody knows which.
+            RefusedError: ``task.unknown``.
+        """
+        with self._lock:
+            worker, model = self._running_worker()
+            try:
+                found = worker.decide_many(task, events, deadline_s)
+            except EdgeError as error:
+                self._count_failure(worker, error)
+                self._end_outgrown()
+                raise
+            for one in found:
+                if isinstance(one, EdgeError):
+                    self._count_failure(worker, one)
+                else:
+                    self._count_answer(one)
+            self._end_outgrown()
+            return found, model.ref
+
+    @property
+    def together(self) -> int:
+        """Events that the model can answer together; 1 before it is known."""
+        return self.last_facts.together if self.last_facts is not None else 1
 
     def keep_alive(self) -> None:
         """Restart a worker that died between two events, so that the next event does not pay for the load.

@@ -44,6 +44,9 @@ class Decider(Protocol):
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         """Decide one event."""
 
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait; each has its answer or its own fault."""
+
     def golden_step_s(self) -> float:
         """Longest time that one golden example may take, in seconds."""
 
@@ -82,6 +85,10 @@ class EngineDecider:
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         """Decide one event."""
         return self._engine.decide(task, event, deadline_s=deadline_s)
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait."""
+        return self._engine.decide_many(task, events, deadline_s=deadline_s)
 
     def golden_step_s(self) -> float:
         """The longest deadline of the bundle's tasks."""
@@ -157,6 +164,13 @@ def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Messag
         case "decide":
             event = check_event(request["event"])
             return {"answer": decider.decide(request["task"], event, float(request["deadline_s"])).as_dict()}
+        case "decide_many":
+            events = [check_event(event) for event in request["events"]]
+            found = decider.decide_many(request["task"], events, float(request["deadline_s"]))
+            if fault := next((one for one in found if isinstance(one, EdgeError) and one.code in LAST_FAULTS), None):
+                # This process is not to be trusted any more, and so are the answers that it gave in the same passes.
+                raise fault
+            return {"answers": [_told(one) for one in found]}
         case "golden":
             step_s = decider.golden_step_s()
 
@@ -167,6 +181,10 @@ def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Messag
             return {"golden": decider.run_golden(progress).as_dict()}
         case other:
             raise PermanentError("worker.protocol", f"unknown request {other!r}")
+
+
+def _told(answer: Answer | EdgeError) -> Message:
+    return {"error": error_message(answer)} if isinstance(answer, EdgeError) else {"answer": answer.as_dict()}
 
 
 def _last_words(code: str, detail: str) -> Message:

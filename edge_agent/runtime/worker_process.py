@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +126,28 @@ class WorkerProcess:
         """
         reply = self._ask({"op": "decide", "task": task, "event": event, "deadline_s": deadline_s}, deadline_s)
         return Answer.from_dict(reply["answer"])
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait, several in a pass where the model allows it.
+
+        Args:
+            task: one of the bundle's tasks.
+            events: flat events.
+            deadline_s: seconds from now, for all of them.
+
+        Returns:
+            For each event its answer, or the fault that it alone had.
+
+        Raises:
+            RefusedError: ``task.unknown``.
+            TransientError: as `decide`; it is not known which event was to blame.
+        """
+        reply = self._ask(
+            {"op": "decide_many", "task": task, "events": list(events), "deadline_s": deadline_s}, deadline_s
+        )
+        return [
+            error_from(one["error"]) if "error" in one else Answer.from_dict(one["answer"]) for one in reply["answers"]
+        ]
 
     def run_golden(self, progress: Callable[[int, int], None] | None = None) -> GoldenOutcome:
         """Answer the bundle's golden examples in the worker, each within its task's deadline.

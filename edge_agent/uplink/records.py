@@ -44,6 +44,10 @@ class InboxEvent:
     received_ms: int
     attempts: int
 
+    def is_like(self, other: InboxEvent) -> bool:
+        """Whether both are of one task and one lane, and may be answered together."""
+        return (self.task, self.priority) == (other.task, other.priority)
+
 
 @dataclass(frozen=True, slots=True)
 class OutboundMessage:

@@ -39,6 +39,7 @@ from edge_agent.uplink.spool_rows import (
     InboxRow,
     LetterEvent,
     add_count,
+    alike_events,
     as_text,
     drop_expired,
     enqueue,
@@ -49,6 +50,7 @@ from edge_agent.uplink.spool_rows import (
     message_of,
     restamp,
     total,
+    waiting_events,
 )
 from edge_agent.uplink.spool_store import SpoolStore
 
@@ -142,18 +144,19 @@ class Spool:
     def next_event(self) -> InboxEvent | None:
         """Lease the oldest event of the highest lane that nobody works on; None when there is none.
 
-        The lease lives in memory: end it with ``complete``, ``bury``, ``worker_died`` or ``release``. A crash ends it
-        too, and the event is handed out again.
+        ``complete``, ``bury``, ``worker_died`` or ``release`` end the lease, and so does a crash.
         """
         with self._store.reading() as db:
-            # Leases are few, so skipping over them is cheaper than telling SQLite about them.
-            for row in db.execute(
-                "SELECT id, task, event_id, payload, lane, received_ms, attempts FROM inbox ORDER BY lane, id"
-            ):
-                if row[0] not in self._leased:
-                    self._leased.add(row[0])
-                    return InboxEvent(row[0], row[1], row[2], row[3], LANES[row[4]], row[5], row[6])
-        return None
+            event = next(waiting_events(db, self._leased), None)
+            self._leased.update([event.inbox_id] if event else [])
+        return event
+
+    def next_alike(self, event: InboxEvent, limit: int) -> list[InboxEvent]:
+        """Lease events that come next and may be answered together with ``event``; none is overtaken."""
+        with self._store.reading() as db:
+            alike = alike_events(db, self._leased, event, limit)
+            self._leased.update(one.inbox_id for one in alike)
+        return alike
 
     def release(self, inbox_id: int) -> None:
         """Give an event back unanswered; it keeps its place."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
+from collections.abc import Container, Iterator
 
 from edge_agent.contract.event import MAX_EVENT_BYTES
 from edge_agent.contract.messages import DeadLetter, ErrorInfo, now_ms
 from edge_agent.errors import EdgeError
-from edge_agent.uplink.records import KLASSES, OutboundMessage
+from edge_agent.uplink.records import KLASSES, LANES, InboxEvent, OutboundMessage
 
 CLOCK_FLOOR_MS = 1_704_067_200_000  # 2024-01-01: a row stamped earlier was written before the clock was set
 # Alarms and decisions are kept for the whole configured age; a metric that old describes nothing any more.
@@ -44,6 +46,22 @@ def enqueue(db: sqlite3.Connection, message: OutboundMessage, max_bytes: int) ->
         excess -= size_bytes
         add_count(db, f"outbox.full.{KLASSES[klass]}")
     db.executemany("DELETE FROM outbox WHERE seq = ?", victims)
+
+
+def waiting_events(db: sqlite3.Connection, leased: Container[int]) -> Iterator[InboxEvent]:
+    """Events of the inbox in the order in which they are to be answered, but for those that are leased."""
+    # Leases are few, so skipping over them is cheaper than telling SQLite about them.
+    for row in db.execute(
+        "SELECT id, task, event_id, payload, lane, received_ms, attempts FROM inbox ORDER BY lane, id"
+    ):
+        if row[0] not in leased:
+            yield InboxEvent(row[0], row[1], row[2], row[3], LANES[row[4]], row[5], row[6])
+
+
+def alike_events(db: sqlite3.Connection, leased: Container[int], event: InboxEvent, limit: int) -> list[InboxEvent]:
+    """Events that come next without a gap, of the same task and lane as ``event``, and cost no worker so far."""
+    following = itertools.islice(waiting_events(db, leased), limit)
+    return [*itertools.takewhile(lambda one: one.is_like(event) and not one.attempts, following)]
 
 
 def as_text(value: str) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.contract.event import Event
-from edge_agent.errors import IntegrityError, PermanentError, RefusedError
+from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.worker import Progress, main
@@ -74,6 +75,9 @@ class Misbehaving:
                 sys.stderr.write("\n".join(f"line {n}" for n in range(5000)) + "\nthe end\n")
                 sys.stderr.flush()
         return Answer({"task": task}, {}, "device", (), (), truncated=False, passes=1, tokens_out=1, latency_ms=0.1)
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        return [self.decide(task, event, deadline_s) for event in events]
 
     def golden_step_s(self) -> float:
         return 0.2

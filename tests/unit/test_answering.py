@@ -46,7 +46,9 @@ class ScriptedWorker:
         if self._bench.start_fault is not None:
             raise self._bench.start_fault
         self.alive = True
-        return WorkerFacts(0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1)
+        return WorkerFacts(
+            0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1, together=self._bench.together
+        )
 
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         self._bench.asked += 1
@@ -57,6 +59,18 @@ class ScriptedWorker:
             self.alive = fault.code not in {"worker.died", "worker.stuck", "worker.protocol"}
             raise fault
         return ANSWER
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        self._bench.batches.append(len(events))
+        found: list[Answer | EdgeError] = []
+        for event in events:
+            try:
+                found.append(self.decide(task, event, deadline_s))
+            except EdgeError as error:
+                if not self.alive:
+                    raise
+                found.append(error)
+        return found
 
     def stop(self) -> None:
         self.alive = False
@@ -81,6 +95,8 @@ class Bench:
         self.start_fault: EdgeError | None = None
         self.poison_fault: EdgeError | None = None
         self.asked = 0
+        self.together = 4
+        self.batches: list[int] = []
         self.now_s = 0.0
         self.unproven = False
         self.spool = FillingSpool(directory / "spool.sqlite", SpoolSettings())
@@ -216,3 +232,79 @@ def test_events_wait_while_there_is_no_model(bench: Bench) -> None:
     bench.serving.stop()
     assert not bench.serving.ready
     assert bench.waiting() == 1
+
+
+def flood(bench: Bench, *texts: str) -> None:
+    """Events behind the first one, which shows what one costs."""
+    assert bench.step() is Step.ANSWERED
+    for number, text in enumerate(texts):
+        bench.take(f"f-{number}", text)
+
+
+def test_events_that_wait_are_asked_together_and_written_one_by_one_in_their_order(bench: Bench) -> None:
+    flood(bench, *["hot"] * 6)
+    assert bench.step() is Step.ANSWERED
+    assert (bench.batches, bench.waiting()) == ([4], 5)
+    assert [bench.step() for _ in range(3)] == [Step.ANSWERED] * 3
+    assert bench.batches == [4]
+    while bench.waiting():
+        assert bench.step() is Step.ANSWERED
+    assert bench.decided() == ["e-1", *(f"f-{n}" for n in range(6))]
+
+
+def test_an_event_of_another_lane_is_not_overtaken(bench: Bench) -> None:
+    flood(bench, "hot", "hot")
+    bench.take("bulk-1", "hot", "bulk")
+    bench.take("safe-1", "hot", "safety")
+    while bench.waiting():
+        assert bench.step() is Step.ANSWERED
+    assert bench.decided() == ["e-1", "safe-1", "f-0", "f-1", "bulk-1"]
+    assert bench.batches == [2]
+
+
+def test_one_event_s_fault_costs_the_others_of_its_batch_nothing(bench: Bench) -> None:
+    bench.poison_fault = RefusedError("event.too_long", "too long")
+    flood(bench, "hot", "poison", "hot")
+    assert [bench.step() for _ in range(3)] == [Step.ANSWERED, Step.BURIED, Step.ANSWERED]
+    assert bench.decided() == ["e-1", "f-0", "f-2"]
+
+
+def test_only_the_event_over_which_the_worker_dies_again_alone_is_buried(bench: Bench) -> None:
+    bench.poison_fault = TransientError("worker.died", "killed")
+    flood(bench, "hot", "poison", "hot", "hot")
+    assert bench.step() is Step.BLOCKED
+    while bench.waiting():
+        bench.step()
+    assert bench.decided() == ["e-1", "f-0", "f-2", "f-3"]
+    (letter,) = bench.spool.dead_letters()
+    assert (letter.event_id, letter.code) == ("f-1", "event.poison")
+    assert bench.batches == [4], "each is tried alone then"
+
+
+def test_an_event_that_is_no_json_is_buried_and_its_company_is_answered(bench: Bench) -> None:
+    flood(bench, "hot")
+    bench.spool.accept("triage", "torn", b'{"text": ', "normal", now_ms())
+    assert {bench.step() for _ in range(2)} == {Step.ANSWERED, Step.BURIED}
+    assert bench.waiting() == 0
+
+
+def test_a_full_disk_in_the_middle_of_a_batch_makes_no_decision_again(bench: Bench) -> None:
+    flood(bench, "hot", "hot", "hot")
+    assert bench.step() is Step.ANSWERED
+    asked, bench.spool.is_full = bench.asked, True
+    assert {bench.step() for _ in range(3)} == {Step.BLOCKED}
+    bench.serving.stop()
+    bench.spool.is_full = False
+    assert [bench.step(), bench.step()] == [Step.ANSWERED, Step.ANSWERED]
+    assert (bench.asked, bench.waiting()) == (asked, 0)
+
+
+def test_events_wait_without_blame_while_the_worker_cannot_start(bench: Bench) -> None:
+    flood(bench, "hot", "hot")
+    bench.serving.pause()
+    bench.serving.resume()
+    bench.start_fault = TransientError("worker.died", "killed while loading")
+    assert {bench.step() for _ in range(3)} == {Step.BLOCKED}
+    bench.start_fault = None
+    assert [bench.step(), bench.step()] == [Step.ANSWERED, Step.ANSWERED]
+    assert bench.spool.dead_letters() == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,9 @@ class LoadedWorker:
         return WorkerFacts(0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1)
 
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
+        raise PermanentError("worker.inference", "not asked here")
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
         raise PermanentError("worker.inference", "not asked here")
 
     def stop(self) -> None:
