@@ -7,7 +7,7 @@ all that it forces) and returns the scores for the next decision. The last field
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,7 +48,7 @@ def decode(
     model: Forward,
     plan: AnswerPlan,
     prompt: Sequence[int],
-    temperatures: dict[str, float],
+    temperatures: Mapping[str, float],
     deadline_at_s: float,
 ) -> Decoded:
     """Answer a prompt.

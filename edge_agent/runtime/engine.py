@@ -12,7 +12,7 @@ from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
-from edge_agent.runtime.confidence import load_temperatures
+from edge_agent.runtime.calibration import Calibration, load_calibration
 from edge_agent.runtime.decoder import Decoded, decode
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import AnswerPlan, compile_plan
@@ -31,7 +31,7 @@ class PreparedTask:
     Args:
         spec: the task.
         plan: its decisions.
-        temperatures: calibration per field.
+        calibration: how far its confidences can be trusted.
         cache: holds the prefix; every event starts at its end again.
         prefix_tokens: length of the prefix in the cache.
         golden: its golden examples.
@@ -39,7 +39,7 @@ class PreparedTask:
 
     spec: TaskSpec
     plan: AnswerPlan
-    temperatures: dict[str, float]
+    calibration: Calibration
     cache: KvCache | StaticCache
     prefix_tokens: int
     golden: tuple[GoldenExample, ...]
@@ -132,8 +132,9 @@ class Engine:
         prepared = self.prepared(task)
         prompt = event_prompt(prepared.spec, event, self._encoder.encode)
         prepared.cache.rewind(prepared.prefix_tokens)
-        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, started_s + deadline_s)
-        return _conclude(prepared.spec, event, decoded, truncated=prompt.truncated, started_s=started_s)
+        temperatures = prepared.calibration.temperatures
+        decoded = decode(prepared.cache, prepared.plan, prompt.ids, temperatures, started_s + deadline_s)
+        return _conclude(prepared, event, decoded, truncated=prompt.truncated, started_s=started_s)
 
     def encode_event(self, task: str, event: Event) -> list[int]:
         """Token ids of a rendered event, as `decide` would feed them."""
@@ -163,8 +164,8 @@ class Engine:
         golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
         # Only listed files were verified, so only they are read.
         golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
-        temperatures = load_temperatures(calibration_file, spec) if self._is_listed(calibration_file) else {}
-        return PreparedTask(spec, plan, temperatures, cache, len(prefix), golden)
+        calibration = load_calibration(calibration_file if self._is_listed(calibration_file) else None, spec)
+        return PreparedTask(spec, plan, calibration, cache, len(prefix), golden)
 
     def _prefix(self, spec: TaskSpec) -> list[int]:
         bos = self.bundle.manifest.model.bos_token_id
@@ -188,8 +189,10 @@ def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | Static
     return ModelSession(bundle.path, manifest, threads)
 
 
-def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:
-    unsure = tuple(name for name, floor in task.thresholds.items() if decoded.confidence[name] < floor)
+def _conclude(prepared: PreparedTask, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:
+    task, floors = prepared.spec, prepared.calibration.floors
+    confidence = prepared.calibration.published(decoded.confidence)
+    unsure = floors.unsure(confidence)
     decision, guards = task.apply_guards(event, dict(decoded.values))
     problems = task.check_decision(decision)
     if problems:
@@ -198,9 +201,10 @@ def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool
     route: Route = "abstained" if unsure else ("rule" if guards else "device")
     return Answer(
         decision=decision,
-        confidence=decoded.confidence,
+        confidence=confidence,
         route=route,
         unsure_fields=unsure,
+        hopeless_fields=floors.hopeless(confidence),
         guards=tuple(guards),
         truncated=truncated,
         passes=decoded.passes,

@@ -93,7 +93,7 @@ def test_answers_equal_plain_greedy_decoding_one_token_at_a_time(engine: Engine,
             assert ordered[-1] - ordered[-2] < TIE, (event, part.field)
             continue
         assert fast.tokens_out == len(plain.tokens)
-        calibrated = engine.prepared("triage").temperatures
+        calibrated = engine.prepared("triage").calibration.temperatures
         assert fast.confidence == pytest.approx(plain.confidence(calibrated), abs=0.02)
 
 
