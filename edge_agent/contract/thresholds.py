@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -86,6 +86,8 @@ class ChosenFloor(BaseModel):
         events: labelled events that it was chosen on.
         passed: those of them whose value reaches the floor.
         wrong: those of ``passed`` whose value is wrong.
+        over: fields whose confidences are multiplied before the floor is asked; empty: this field's alone. A value is
+            written after others and in view of them, so that it may be sure of itself and wrong with them.
         needed_events: without a floor, labelled events that would do if further ones are like those; None: none would.
     """
 
@@ -98,6 +100,7 @@ class ChosenFloor(BaseModel):
     events: int = Field(ge=0)
     passed: int = Field(ge=0)
     wrong: int = Field(ge=0)
+    over: tuple[str, ...] = ()
     needed_events: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
@@ -118,22 +121,27 @@ class Floors:
     Args:
         escalate: confidence by field below which it is unsure; `ALWAYS_UNSURE` where nothing is sure enough.
         abstain: confidence by field below which its value is no hint either, at most ``escalate``.
+        over: by field, whose confidences are multiplied before they are held against its floors; by default its own.
     """
 
     escalate: Mapping[str, float]
     abstain: Mapping[str, float]
+    over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def sureness(self, name: str, confidence: Mapping[str, float]) -> float:
+        """What is held against a field's floors, 0..1."""
+        return math.prod(confidence[other] for other in self.over.get(name, (name,)))
 
     def unsure(self, confidence: Mapping[str, float]) -> tuple[str, ...]:
         """Fields whose value is not trusted; a confidence that is no number is none."""
-        return _below(self.escalate, confidence)
+        return self._below(self.escalate, confidence)
 
     def hopeless(self, confidence: Mapping[str, float]) -> tuple[str, ...]:
         """Those of the unsure fields whose value is not worth a second look."""
-        return _below(self.abstain, confidence)
+        return self._below(self.abstain, confidence)
 
-
-def _below(floors: Mapping[str, float], confidence: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(name for name, floor in floors.items() if not confidence[name] >= floor)
+    def _below(self, floors: Mapping[str, float], confidence: Mapping[str, float]) -> tuple[str, ...]:
+        return tuple(name for name, floor in floors.items() if not self.sureness(name, confidence) >= floor)
 
 
 def error_targets(thresholds: Mapping[str, Threshold]) -> dict[str, ErrorTarget]:
@@ -153,22 +161,25 @@ def floors_of(thresholds: Mapping[str, Threshold], chosen: Mapping[str, ChosenFl
     """
     escalate: dict[str, float] = {}
     abstain: dict[str, float] = {}
+    over: dict[str, tuple[str, ...]] = {}
     for name, asked in thresholds.items():
         if isinstance(asked, ErrorTarget):
-            floor, lowest = _chosen_floor(name, asked, chosen.get(name)), asked.abstain
+            found = _chosen_for(name, asked, chosen.get(name))
+            floor, lowest = ALWAYS_UNSURE if found.floor is None else found.floor, asked.abstain
+            over |= {name: found.over} if found.over else {}
         elif isinstance(asked, FixedFloors):
             floor, lowest = asked.escalate, asked.abstain
         else:
             floor, lowest = asked, 0.0
         escalate[name], abstain[name] = floor, min(floor, lowest)
-    return Floors(escalate, abstain)
+    return Floors(escalate, abstain, over)
 
 
-def _chosen_floor(name: str, target: ErrorTarget, found: ChosenFloor | None) -> float:
+def _chosen_for(name: str, target: ErrorTarget, found: ChosenFloor | None) -> ChosenFloor:
     wanted = f"field {name!r} may be wrong in {target.max_wrong:g} of its answers (certainty {target.certainty:g})"
     if found is None:
         raise PermanentError("task.calibration_invalid", f"{wanted}, but the calibration has no floor for it")
     if not found.is_for(target):
         other = f"{found.max_wrong:g} (certainty {found.certainty:g})"
         raise PermanentError("task.calibration_invalid", f"{wanted}, but its floor was chosen for {other}")
-    return ALWAYS_UNSURE if found.floor is None else found.floor
+    return found

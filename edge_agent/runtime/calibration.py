@@ -102,7 +102,8 @@ def load_calibration(path: Path | None, task: TaskSpec) -> Calibration:
     except (OSError, ValueError) as error:
         raise PermanentError("task.calibration_invalid", f"{path.name}: {error}", path=str(path)) from error
     names = {f.name for f in task.output_fields}
-    unknown = sorted({*given.temperature, *given.knots, *given.floors} - names)
+    named = {*given.temperature, *given.knots, *given.floors, *(o for f in given.floors.values() for o in f.over)}
+    unknown = sorted(named - names)
     if unknown:
         raise PermanentError("task.calibration_invalid", f"unknown fields: {', '.join(unknown)}", path=str(path))
     temperatures = {name: given.temperature.get(name, 1.0) for name in names}

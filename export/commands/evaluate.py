@@ -73,4 +73,5 @@ def _floor_line(found: Passing) -> str:
     wrong = "-" if found.wrong_share is None else f"{found.wrong_share:.2%}"
     between = "-" if found.interval is None else " to ".join(f"{end:.2%}" for end in found.interval)
     asked = "-" if found.target is None else f"{found.target.max_wrong:.3g}"
-    return f"{floor:>9}{found.coverage:>9.2%}{wrong:>8}  {between:<18}{asked:>7}  {found.verdict or ''}"
+    together = f" (over {', '.join(found.over)})" if found.over else ""
+    return f"{floor:>9}{found.coverage:>9.2%}{wrong:>8}  {between:<18}{asked:>7}  {found.verdict or ''}{together}"

@@ -92,10 +92,11 @@ def calibration_bytes(
     if knots:
         content["knots"] = {name: line.model_dump(mode="json") for name, line in knots.items()}
     if floors:
-        content["floors"] = {name: f.model_dump(mode="json", exclude_none=True) for name, f in floors.items()}
-        for name, found in floors.items():
-            # Spelled out: that no floor was found must not look like one that was forgotten.
-            content["floors"][name]["floor"] = found.floor
+        # The floor is spelled out: one that was not found must not look like one that was forgotten.
+        content["floors"] = {
+            name: {**found.model_dump(mode="json", exclude_defaults=True), "floor": found.floor}
+            for name, found in floors.items()
+        }
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -174,7 +174,7 @@ def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec, floo
         hits = {name: outcome.decision[name] == row.decision[name] for name in fields}
         for name, hit in hits.items():
             right[name] += hit
-            published[name].append((outcome.confidence[name], hit))
+            published[name].append((floors.sureness(name, outcome.confidence), hit))
             if not outcome.guarded:
                 calibration[name].append((outcome.confidence[name], hit))
         exact += all(hits.values())

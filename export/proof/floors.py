@@ -93,6 +93,27 @@ def choose_floor(
     return found or never(target, events[1], _needed(*counts[0], target, events))
 
 
+def scout(scouted: Sequence[Pair], target: ErrorTarget) -> tuple[int, float]:
+    """How promising a way to measure sureness is, as far as the first half can tell; more is better.
+
+    Args:
+        scouted: sureness and hit of the first half's answers.
+        target: what to keep to.
+
+    Returns:
+        Answers that pass the smallest floor which the first half alone would choose, and (which decides where that
+        is none) how clearly it speaks for the target.
+    """
+    counts = _passing(scouted, _sequence(scouted, target))
+    doubts = [at_most(wrong, passed, target.max_wrong) for passed, wrong in counts]
+    passing = 0
+    for (passed, _), doubt in zip(counts, doubts, strict=True):
+        if doubt > 1 - target.certainty:
+            break
+        passing = passed
+    return passing, -doubts[0]
+
+
 def _sequence(scouted: Sequence[Pair], target: ErrorTarget) -> list[float]:
     """Floors in the order of their tests.
 

@@ -24,6 +24,7 @@ class Passing:
         events: labelled events, those included that brought no answer.
         passed: those whose value reaches the floor.
         wrong: those of ``passed`` whose value, as published, is wrong.
+        over: fields whose confidences are multiplied before the floor is asked; empty: this field's alone.
     """
 
     floor: float
@@ -31,6 +32,7 @@ class Passing:
     events: int
     passed: int
     wrong: int
+    over: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -67,6 +69,7 @@ class Passing:
         ends = self.interval
         return {
             **asked,
+            **({"over": list(self.over)} if self.over else {}),
             "floor": self.floor if math.isfinite(self.floor) else None,
             "passed": self.passed,
             "wrong": self.wrong,
@@ -85,7 +88,7 @@ def passing(
     Args:
         thresholds: of the task.
         floors: the same as numbers.
-        pairs: confidence and hit of each answer, by field; the value that counts is the published one.
+        pairs: `Floors.sureness` and hit of each answer, by field; the value that counts is the published one.
         events: labelled events.
     """
     found = {}
@@ -93,5 +96,5 @@ def passing(
         asked = thresholds[name]
         hits = [hit for confidence, hit in pairs[name] if confidence >= floor]
         target = asked if isinstance(asked, ErrorTarget) else None
-        found[name] = Passing(floor, target, events, len(hits), hits.count(False))
+        found[name] = Passing(floor, target, events, len(hits), hits.count(False), floors.over.get(name, ()))
     return found

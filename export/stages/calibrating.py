@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_agent.contract.task import GoldenExample, TaskSpec
-from edge_agent.contract.thresholds import ChosenFloor, error_targets
+from edge_agent.contract.thresholds import ChosenFloor, Floors, error_targets
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.calibration import Knots
 from export.pipeline import Progress
@@ -20,12 +20,14 @@ from export.proof.calibrate import (
     sureness,
 )
 from export.proof.evaluate import Decide
-from export.proof.floors import choose_floor, halves, never
+from export.proof.floors import choose_floor, halves, never, scout
 from export.proof.greedy import GreedyDecoder
 from export.proof.isotonic import helpful_knots
 from export.proof.reliability import Pair
 
 OpenBackend = Callable[[TaskSpec], AbstractContextManager[Decide]]
+Answered = tuple[dict[str, float], dict[str, bool]]
+"""(confidence by field, whether its value was right)."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,17 @@ def choose_floors(fitted: Fitted, open_backend: OpenBackend, progress: Progress)
         return fitted
     scouts, tests = fitted.halves
     with open_backend(fitted.task) as decide:
-        scouted, tested = (_published(decide, rows, list(targets)) for rows in (scouts, tests))
-    events = len(scouts), len(tests)
-    floors = {name: choose_floor(scouted[name], tested[name], target, events) for name, target in targets.items()}
-    for name, found in floors.items():
-        progress.line(f"{fitted.task.name}: {floor_sentence(name, found, tested[name])}")
+        scouted, tested = _answers(decide, scouts), _answers(decide, tests)
+    order = [field.name for field in fitted.task.output_fields]
+    floors: dict[str, ChosenFloor] = {}
+    for name, target in targets.items():
+        # Alone, or with all that was written before it: the half that the floor is not tested on says which.
+        ways = [(), tuple(order[: order.index(name) + 1])] if order.index(name) else [()]
+        over = max(ways, key=lambda way: scout(_sureness(scouted, name, way), target))
+        judged = _sureness(tested, name, over)
+        found = choose_floor(_sureness(scouted, name, over), judged, target, (len(scouts), len(tests)))
+        floors[name] = found.model_copy(update={"over": over})
+        progress.line(f"{fitted.task.name}: {floor_sentence(name, floors[name], judged)}")
     return replace(fitted, floors=floors)
 
 
@@ -113,7 +121,9 @@ def floor_sentence(field: str, found: ChosenFloor, tested: Sequence[Pair]) -> st
     """
     asked = f"{field} at most {found.max_wrong:.2%} wrong (certainty {found.certainty:.0%})"
     if found.floor is not None:
-        return f"{asked}: floor {found.floor:g}, {found.passed} of {found.events} events pass, {found.wrong} wrong"
+        together = f" over {', '.join(found.over)}" if found.over else ""
+        passing = f"{found.passed} of {found.events} events pass, {found.wrong} wrong"
+        return f"{asked}: floor {found.floor:g}{together}, {passing}"
     wrong = sum(not hit for _, hit in tested)
     needed = (
         "no number of events will do: its surest values are wrong too often"
@@ -123,14 +133,19 @@ def floor_sentence(field: str, found: ChosenFloor, tested: Sequence[Pair]) -> st
     return f"{asked}: no floor keeps it, the field is always unsure; {wrong} of {len(tested)} values wrong, {needed}"
 
 
-def _published(decide: Decide, rows: Sequence[GoldenExample], fields: Sequence[str]) -> dict[str, list[Pair]]:
-    """Confidence and hit of what would be published, guards included; an event that brings an error brings no value."""
-    pairs: dict[str, list[Pair]] = {name: [] for name in fields}
+def _answers(decide: Decide, rows: Sequence[GoldenExample]) -> list[Answered]:
+    """What would be published, guards included; an event that brings an error brings no answer."""
+    answers: list[Answered] = []
     for row in rows:
         try:
             outcome = decide(dict(row.event))
         except EdgeError:
             continue
-        for name, found in pairs.items():
-            found.append((outcome.confidence[name], outcome.decision[name] == row.decision[name]))
-    return pairs
+        hits = {name: outcome.decision[name] == value for name, value in row.decision.items()}
+        answers.append((outcome.confidence, hits))
+    return answers
+
+
+def _sureness(answers: Sequence[Answered], name: str, over: tuple[str, ...]) -> list[Pair]:
+    floors = Floors({}, {}, {name: over} if over else {})
+    return [(floors.sureness(name, confidence), hits[name]) for confidence, hits in answers]
