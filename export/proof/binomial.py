@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 _BISECTIONS = 60
+_NEGLIGIBLE = 1e-17
 
 
 def at_most(wrong: int, count: int, share: float) -> float:
@@ -20,10 +21,24 @@ def at_most(wrong: int, count: int, share: float) -> float:
         return 1.0
     if share >= 1:
         return 0.0
-    # Logarithms of each term: the coefficients of a few thousand answers overflow a double.
-    whole, odds = math.lgamma(count + 1) + count * math.log1p(-share), math.log(share) - math.log1p(-share)
-    terms = (math.exp(whole - math.lgamma(i + 1) - math.lgamma(count - i + 1) + i * odds) for i in range(wrong + 1))
-    return min(1.0, math.fsum(terms))
+    # Away from the middle, where terms only shrink: a sum of a few of them, whatever the count.
+    if wrong <= count * share:
+        return _tail(wrong, count, share)
+    return 1 - _tail(count - wrong - 1, count, 1 - share)
+
+
+def _tail(last: int, count: int, share: float) -> float:
+    """Probability of at most ``last`` of ``count``, where ``last`` lies below the middle."""
+    # A logarithm to begin with: the coefficients of a few thousand answers overflow a double.
+    coefficient = math.lgamma(count + 1) - math.lgamma(last + 1) - math.lgamma(count - last + 1)
+    term = math.exp(coefficient + last * math.log(share) + (count - last) * math.log1p(-share))
+    total, down = 0.0, (1 - share) / share
+    for taken in range(last, -1, -1):
+        total += term
+        term *= taken / (count - taken + 1) * down
+        if term < total * _NEGLIGIBLE:
+            break
+    return min(1.0, total)
 
 
 def upper_bound(wrong: int, count: int, certainty: float) -> float:
