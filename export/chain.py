@@ -88,7 +88,8 @@ class Chain:
             lineage=lineage,
         )
         compiled = () if soc is None else (compiled_for(given.board, soc),)
-        return Candidate(parts, fused, request.precision, given.board, request.elsewhere, compiled)
+        isotonic = request.measurement.isotonic
+        return Candidate(parts, fused, request.precision, given.board, request.elsewhere, compiled, isotonic)
 
     def prove(self, candidate: Candidate) -> Path:
         """What the model is worth."""
@@ -96,6 +97,7 @@ class Chain:
             **self._texts_key,
             "identity": asdict(self._request.identity),
             "quality": self._request.measurement.quality,
+            "isotonic": self._request.measurement.isotonic,
             "board": self._board_key(),
             "elsewhere": [" ".join(one.command) for one in self._request.elsewhere.interpreters(candidate.board)],
         }

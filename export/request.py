@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edge_agent.contract.manifest import Name
 from edge_agent.contract.task import GoldenExample
+from edge_agent.contract.thresholds import error_targets
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import sha256_file
 from export.boards import Board, Precision
@@ -48,14 +49,16 @@ class Measurement:
     """Labelled events by task name, and figures that were measured before.
 
     Args:
-        calibrate_on: events to fit temperatures on.
+        calibrate_on: events to fit temperatures on, and to choose floors on where the task asks for error targets.
         evaluate_on: events to measure accuracy on, every precision.
         quality: task -> precision -> figures of `export.proof.evaluate.Quality`, taken as they are.
+        isotonic: whether a line may straighten confidences where one temperature does not.
     """
 
     calibrate_on: dict[str, Path] = field(default_factory=dict)
     evaluate_on: dict[str, Path] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    isotonic: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ def check_options(request: BuildRequest, board: Board) -> None:
         raise RefusedError(
             "export.option_unsuitable", f"{board.name} has static graphs: no pruned or split head, no other caches"
         )
+    if request.measurement.isotonic and not request.measurement.calibrate_on:
+        raise RefusedError("export.usage", "--isotonic needs --calibrate-on: a line is drawn through labelled events")
     for file in (*request.graph.vocabulary, *request.graph.vocab_heldout):
         if not file.is_file():
             raise PermanentError("export.data_unreadable", f"cannot read {file}: no such file")
@@ -198,7 +203,7 @@ def read_all_labelled(measurement: Measurement, tasks: list[TaskFolder]) -> dict
     """Read all labelled events before the long work begins.
 
     Raises:
-        RefusedError: ``export.task_unknown``.
+        RefusedError: ``export.task_unknown``, ``export.target_unlabelled`` or ``export.data_repeated``.
         PermanentError: ``export.data_*``.
     """
     known = {task.spec.name for task in tasks}
@@ -210,4 +215,26 @@ def read_all_labelled(measurement: Measurement, tasks: list[TaskFolder]) -> dict
         file = files.get(task.spec.name)
         return read_labelled(file, task.spec) if file else []
 
-    return {t.spec.name: Labelled(rows(measurement.calibrate_on, t), rows(measurement.evaluate_on, t)) for t in tasks}
+    read = {t.spec.name: Labelled(rows(measurement.calibrate_on, t), rows(measurement.evaluate_on, t)) for t in tasks}
+    for task in tasks:
+        _check_targets(measurement, task)
+    return read
+
+
+def _check_targets(measurement: Measurement, task: TaskFolder) -> None:
+    """An error target is kept on labelled events, or it is a wish."""
+    name, targets = task.spec.name, error_targets(task.spec.thresholds)
+    if not targets:
+        return
+    chosen_on, measured_on = measurement.calibrate_on.get(name), measurement.evaluate_on.get(name)
+    if chosen_on is None:
+        # Floors that came with the task were chosen for another model's confidences.
+        raise RefusedError(
+            "export.target_unlabelled",
+            f"task {name!r} asks for max_wrong of {', '.join(targets)}: give labelled events with --calibrate-on",
+        )
+    if measured_on is not None and sha256_file(chosen_on) == sha256_file(measured_on):
+        raise RefusedError(
+            "export.data_repeated",
+            f"task {name!r}: floors would be measured on the very events that they are chosen on; give others",
+        )

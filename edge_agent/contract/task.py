@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import Guard, enforce
 from edge_agent.contract.output import Identifier, OutputField, accepts, parse_output_schema
+from edge_agent.contract.thresholds import Threshold
 from edge_agent.errors import PermanentError, RefusedError
 
 
@@ -78,7 +79,7 @@ class TaskSpec(_Model):
     description: str = ""
     prompt: Prompt
     output: dict[str, Any]
-    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    thresholds: dict[str, Threshold] = {}
     deadline_ms: int = Field(default=2000, ge=10, le=600_000)
     priority: Literal["safety", "normal", "bulk"] = "normal"
     limits: Limits = Limits()

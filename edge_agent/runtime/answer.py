@@ -19,6 +19,7 @@ class Answer:
         confidence: probability that the model gave to its own value of each field, 0..1 (before guards).
         route: ``abstained`` when a field is unsure, ``rule`` when a guard changed a confident answer, else ``device``.
         unsure_fields: fields whose confidence is below the task's threshold; their values are a best guess.
+        hopeless_fields: those of them below the task's ``abstain`` floor: no hint, and not worth an escalation.
         guards: names of the guards that changed the decision.
         truncated: whether any of the event's text had to be cut.
         passes: forward passes through the model.
@@ -35,6 +36,7 @@ class Answer:
     passes: int
     tokens_out: int
     latency_ms: float
+    hopeless_fields: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The form that crosses the process boundary."""
@@ -43,7 +45,8 @@ class Answer:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Answer:
         """Inverse of `as_dict` after a trip through JSON (which turns tuples into lists)."""
-        return cls(**{**fields, "unsure_fields": tuple(fields["unsure_fields"]), "guards": tuple(fields["guards"])})
+        lists = {name: tuple(fields[name]) for name in ("unsure_fields", "guards", "hopeless_fields")}
+        return cls(**{**fields, **lists})
 
 
 @dataclass(frozen=True)

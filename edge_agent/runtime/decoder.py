@@ -11,7 +11,7 @@ and neither changes an answer. The last field's closing tokens are never run.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -75,7 +75,7 @@ class Ask:
     score_at: list[int]
 
 
-def answer_steps(plan: AnswerPlan, prompt: Sequence[int], temperatures: dict[str, float]) -> Steps:
+def answer_steps(plan: AnswerPlan, prompt: Sequence[int], temperatures: Mapping[str, float]) -> Steps:
     """The rule of an answer.
 
     Args:
@@ -127,7 +127,7 @@ class Lane:
         self,
         plan: AnswerPlan,
         prompt: Sequence[int],
-        temperatures: dict[str, float],
+        temperatures: Mapping[str, float],
         deadline_at_s: float,
         drafts: Drafts | None = None,
         seen: int = 0,
@@ -196,7 +196,7 @@ def decode(
     model: Forward,
     plan: AnswerPlan,
     prompt: Sequence[int],
-    temperatures: dict[str, float],
+    temperatures: Mapping[str, float],
     deadline_at_s: float,
 ) -> Decoded:
     """Answer a prompt with a model that scores the end of each pass, and nothing else.

@@ -13,7 +13,7 @@ from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_
 from edge_agent.errors import EdgeError, PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
-from edge_agent.runtime.confidence import load_temperatures
+from edge_agent.runtime.calibration import load_calibration
 from edge_agent.runtime.decoder import Decoded
 from edge_agent.runtime.drafts import PassCost
 from edge_agent.runtime.encoder import TextEncoder
@@ -150,7 +150,7 @@ class Engine:
                 if known is None:
                     waiting.append((place, asked))
                 else:
-                    found[place] = _conclude(prepared.spec, asked, known, started_s, route="cache")
+                    found[place] = _conclude(prepared, asked, known, started_s, route="cache")
             except EdgeError as error:
                 found[place] = error
         rows = prepared.rows
@@ -198,8 +198,8 @@ class Engine:
         golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
         # Only listed files were verified, so only they are read.
         golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
-        temperatures = load_temperatures(calibration_file, spec) if self._is_listed(calibration_file) else {}
-        return PreparedTask(spec, plan, temperatures, cache, tuple(prefix), golden, self._speed, self._cost)
+        calibration = load_calibration(calibration_file if self._is_listed(calibration_file) else None, spec)
+        return PreparedTask(spec, plan, calibration, cache, tuple(prefix), golden, self._speed, self._cost)
 
     def _new_cache(self, capacity_tokens: int) -> KvCache | StaticCache:
         if isinstance(self._session, StaticSession):
@@ -271,13 +271,17 @@ def _answered(
     if asked.is_whole:
         prepared.answers.put(asked.rendered, decoded)
     try:
-        return _conclude(prepared.spec, asked, decoded, started_s)
+        return _conclude(prepared, asked, decoded, started_s)
     except EdgeError as error:
         return error
 
 
-def _conclude(task: TaskSpec, asked: _Asked, decoded: Decoded, started_s: float, route: Route = "device") -> Answer:
-    unsure = tuple(name for name, floor in task.thresholds.items() if decoded.confidence[name] < floor)
+def _conclude(
+    prepared: PreparedTask, asked: _Asked, decoded: Decoded, started_s: float, route: Route = "device"
+) -> Answer:
+    task, floors = prepared.spec, prepared.calibration.floors
+    confidence = prepared.calibration.published(decoded.confidence)
+    unsure = floors.unsure(confidence)
     decision, guards = task.apply_guards(asked.event, dict(decoded.values))
     problems = task.check_decision(decision)
     if problems:
@@ -285,9 +289,10 @@ def _conclude(task: TaskSpec, asked: _Asked, decoded: Decoded, started_s: float,
         raise PermanentError("worker.invalid_answer", "; ".join(problems))
     return Answer(
         decision=decision,
-        confidence=decoded.confidence,
+        confidence=confidence,
         route="abstained" if unsure else ("rule" if guards else route),
         unsure_fields=unsure,
+        hopeless_fields=floors.hopeless(confidence),
         guards=tuple(guards),
         truncated=asked.truncated,
         passes=0 if route == "cache" else decoded.passes,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from edge_agent.contract.output import TextField
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
+from edge_agent.runtime.calibration import Calibration
 from edge_agent.runtime.decision_cache import DecisionCache
 from edge_agent.runtime.decoder import Decoded, Lane, decode
 from edge_agent.runtime.drafts import AnswerDrafts, PassCost
@@ -39,7 +40,7 @@ class PreparedTask:
     Args:
         spec: the task.
         plan: its decisions.
-        temperatures: calibration per field.
+        calibration: how far its confidences can be trusted.
         cache: holds the prefix; every event starts at its end again.
         prefix: token ids of the prefix.
         golden: its golden examples.
@@ -49,7 +50,7 @@ class PreparedTask:
 
     spec: TaskSpec
     plan: AnswerPlan
-    temperatures: dict[str, float]
+    calibration: Calibration
     cache: KvCache | StaticCache
     prefix: tuple[int, ...]
     golden: tuple[GoldenExample, ...]
@@ -104,11 +105,11 @@ class PreparedTask:
             self.cache.spread(self.prefix_tokens)
 
     def _decode_in_lanes(self, cache: KvCache, questions: Sequence[Question]) -> list[Decoded | EdgeError]:
-        start = self.prefix_tokens
+        start, temperatures = self.prefix_tokens, self.calibration.temperatures
         lanes = []
         for row, question in enumerate(questions):
             seen = self.events.restore(cache, row, start, question.prompt)
-            lanes.append(Lane(self.plan, question.prompt, self.temperatures, question.deadline_at_s, self.drafts, seen))
+            lanes.append(Lane(self.plan, question.prompt, temperatures, question.deadline_at_s, self.drafts, seen))
         faults = run_lanes(cache, start, lanes, self.cost)
         found: list[Decoded | EdgeError] = []
         for row, (question, lane, fault) in enumerate(zip(questions, lanes, faults, strict=True)):
@@ -124,6 +125,6 @@ class PreparedTask:
     def _decode_alone(self, question: Question) -> Decoded | EdgeError:
         self.cache.rewind(self.prefix_tokens)
         try:
-            return decode(self.cache, self.plan, question.prompt, self.temperatures, question.deadline_at_s)
+            return decode(self.cache, self.plan, question.prompt, self.calibration.temperatures, question.deadline_at_s)
         except EdgeError as error:
             return error

@@ -90,7 +90,10 @@ def _add_graph(group: Any) -> None:
 
 
 def _add_proof(group: Any) -> None:
-    group.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help="fit temperatures")
+    chosen = "fit temperatures, and choose floors for the task's max_wrong"
+    group.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help=chosen)
+    line = "straighten a field's confidence with a rising line where that beats its temperature on held-out events"
+    group.add_argument("--isotonic", action="store_true", help=line)
     group.add_argument("--evaluate-on", action="append", default=[], metavar="[TASK=]FILE", help="measure accuracy")
     group.add_argument("--quality", type=Path, metavar="FILE", help="embed figures that were measured before")
     group.add_argument("--arm64-root", type=Path, metavar="DIR", help="have an emulated Arm answer (.ci/arm64_root.sh)")
@@ -138,6 +141,7 @@ def run_build(arguments: argparse.Namespace) -> int:
             calibrate_on=_by_task(arguments.calibrate_on, arguments.task),
             evaluate_on=_by_task(arguments.evaluate_on, arguments.task),
             quality=read_quality(arguments.quality) if arguments.quality else {},
+            isotonic=arguments.isotonic,
         ),
     )
     place = Workplace(best_progress(), arguments.work, arguments.force)

@@ -12,6 +12,7 @@ for a token at which values part, those values go on byte by byte.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Decoded:
     choices: tuple[Choice, ...]
     tokens: tuple[int, ...]
 
-    def confidence(self, temperatures: dict[str, float] | None = None) -> dict[str, float]:
+    def confidence(self, temperatures: Mapping[str, float] | None = None) -> dict[str, float]:
         """Probability of each field's value: product over the field's choices; 1.0 where nothing was left to choose."""
         result = dict.fromkeys(self.decision, 1.0)
         for choice in self.choices:
