@@ -67,9 +67,9 @@ class Agent:
         self._spool = Spool(
             settings.state_dir / "spool.sqlite", settings.spool, deadletter_topic=self._topics.deadletter
         )
-        threads = ThreadChoice(settings.worker, settings.state_dir / FILE_NAME)
+        threads = ThreadChoice(settings.worker_here, settings.state_dir / FILE_NAME)
         self._serving = ServingWorker(
-            settings.worker, lambda bundle, digest: worker_on(bundle, digest, threads.settings_for(digest))
+            settings.worker_here, lambda bundle, digest: worker_on(bundle, digest, threads.settings_for(digest))
         )
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
         self._exchange = ModelExchange(self._serving, threads, self._publish_reported, self._announce_model)

@@ -136,6 +136,16 @@ class WorkerSettings(_Section):
         ge=0,
         description="a larger worker is replaced between two events; 0: 256 MiB and half beyond the load",
     )
+    together: int = Field(default=4, ge=1, le=16, description="waiting events that may share passes; 1: none do")
+    event_cache_bytes: int = Field(
+        default=16 << 20, ge=0, description="what events of a task begin with, kept to skip it; 0: nothing is kept"
+    )
+    decision_cache_bytes: int = Field(
+        default=8 << 20, ge=0, description="answers to repeated events of a task; 0: each is decided anew"
+    )
+    prefix_dir: Path | None = Field(
+        default=None, description="states of prompts' prefixes, kept over restarts; default: prefixes in state_dir"
+    )
     start_timeout_s: Positive = Field(default=60.0, description="from the start of the process to a loaded bundle")
     restart_backoff_max_s: Positive = Field(default=30.0, description="longest pause before a dead worker's restart")
 
@@ -196,6 +206,12 @@ class Settings(BaseSettings):
     update: UpdateSettings = UpdateSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def worker_here(self) -> WorkerSettings:
+        """The worker section with its places below ``state_dir``."""
+        prefix_dir = self.worker.prefix_dir or self.state_dir / "prefixes"
+        return self.worker.model_copy(update={"prefix_dir": prefix_dir})
 
 
 def load_settings(config: Path | None, arguments: Sequence[str] = ()) -> Settings:

@@ -12,7 +12,6 @@ from collections import OrderedDict
 
 from edge_agent.runtime.decoder import Decoded
 
-DEFAULT_BYTES = 8 << 20
 _ENTRY_BYTES = 1500
 """Of the interpreter's, for one answer beside its texts; measured with five fields."""
 
@@ -27,7 +26,7 @@ class DecisionCache:
         hits: answers that were given from memory.
     """
 
-    def __init__(self, limit_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self.hits = 0
         self._limit_bytes = limit_bytes
         self._bytes = 0

@@ -204,7 +204,7 @@ class Engine:
     def _new_cache(self, capacity_tokens: int) -> KvCache | StaticCache:
         if isinstance(self._session, StaticSession):
             return self._session.new_cache(capacity_tokens)
-        rows = self._speed.rows if self._session.spec.score_at else 1
+        rows = self._speed.together if self._session.spec.score_at else 1
         return self._session.new_cache(capacity_tokens, rows)
 
     def _fill(self, cache: KvCache | StaticCache, task: str, prefix: list[int]) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from edge_agent.runtime.kv_cache import KvCache, KvSegment
 
-DEFAULT_BYTES = 16 << 20
 FEWEST_TOKENS = 4
 """Shorter beginnings are not worth a copy."""
 MAX_EVENTS = 128
@@ -61,7 +60,7 @@ class EventCache:
         stored_bytes: keys and values that are held.
     """
 
-    def __init__(self, limit_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self.hit_tokens = 0
         self._limit_bytes = limit_bytes
         self.stored_bytes = 0

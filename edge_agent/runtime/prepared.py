@@ -92,6 +92,11 @@ class PreparedTask:
             self.restore_prefix()
         return found
 
+    def forget(self) -> None:
+        """Forget the events so far; what was learned about answers and passes stays."""
+        self.events.clear()
+        self.answers.clear()
+
     def restore_prefix(self) -> None:
         """Compute the prefix anew: a fault may have left numbers in the caches that would spoil every later event.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.runtime import event_cache
+EVENT_CACHE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Speed:
         decision_cache_bytes: answers to repeated events, for each task that does not refuse it; 0: none, as where
             answers are measured.
         drafts: whether probable answers are checked in one pass.
-        rows: events that may share passes, where the graph allows it.
+        together: events that may share passes, where the graph allows it.
     """
 
     prefix_dir: Path | None = None
-    event_cache_bytes: int = event_cache.DEFAULT_BYTES
+    event_cache_bytes: int = EVENT_CACHE_BYTES
     decision_cache_bytes: int = 0
     drafts: bool = True
-    rows: int = 4
+    together: int = 4
 
 
-PLAIN = Speed(event_cache_bytes=0, drafts=False, rows=1)
+PLAIN = Speed(event_cache_bytes=0, drafts=False, together=1)
 """Nothing but the cached prefix: what the levers are measured against."""

@@ -35,6 +35,8 @@ from edge_agent.settings import WorkerSettings
 FILE_NAME = "threads.json"
 # Behind everything else that wants the processor; the serving worker is not to wait for a measurement.
 SWEEP_NICENESS = 10
+# The same few events are decided over and over: what is remembered of them says nothing about threads.
+_NO_MEMORY = {"event_cache_bytes": 0, "decision_cache_bytes": 0, "prefix_dir": None}
 _KEPT = 8
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 _log = get_logger(__name__)
@@ -133,7 +135,7 @@ class ThreadChoice:
 
         def worker_with(count: int, left_s: float) -> SweptWorker:
             timeout_s = min(left_s, self._settings.start_timeout_s)
-            update = {"threads": count, "start_timeout_s": timeout_s, "niceness": SWEEP_NICENESS}
+            update = {"threads": count, "start_timeout_s": timeout_s, "niceness": SWEEP_NICENESS, **_NO_MEMORY}
             self._running = self._worker(bundle, digest, self._settings.model_copy(update=update))
             if self._stopping.is_set():
                 raise TransientError("worker.died", "the agent stops")

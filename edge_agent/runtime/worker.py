@@ -23,6 +23,7 @@ from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
 from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
+from edge_agent.runtime.speed import Speed
 
 EXIT_LOAD_FAILED = 3
 EXIT_OUT_OF_MEMORY = 4
@@ -54,7 +55,7 @@ class Decider(Protocol):
         """Answer all golden examples."""
 
 
-DeciderFactory = Callable[[Path, str, int], Decider]
+DeciderFactory = Callable[[Path, str, int, Speed], Decider]
 
 
 class EngineDecider:
@@ -64,9 +65,10 @@ class EngineDecider:
         bundle: its directory.
         digest: the digest that was verified when it was installed.
         threads: intra-op threads, 0 = choose.
+        speed: what is done to be fast.
     """
 
-    def __init__(self, bundle: Path, digest: str, threads: int) -> None:
+    def __init__(self, bundle: Path, digest: str, threads: int, speed: Speed) -> None:
         from edge_agent.runtime.bundle import open_installed_bundle
         from edge_agent.runtime.engine import Engine
         from edge_agent.runtime.providers import CPU, PROVIDERS
@@ -76,7 +78,7 @@ class EngineDecider:
             # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
             # reserve far more addresses than they use.
             limit_growth(physical_bytes())
-        self._engine = Engine(verified, threads)
+        self._engine = Engine(verified, threads, speed)
 
     def facts(self) -> WorkerFacts:
         """What was loaded."""
@@ -114,7 +116,13 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = FrameChannel(socket.socket(fileno=options.fd))
     try:
-        decider = factory(options.bundle, options.digest, options.threads)
+        speed = Speed(
+            prefix_dir=options.prefix_dir,
+            event_cache_bytes=options.event_cache,
+            decision_cache_bytes=options.decision_cache,
+            together=options.together,
+        )
+        decider = factory(options.bundle, options.digest, options.threads, speed)
         channel.send({"ready": decider.facts().as_dict()})
     except EdgeError as error:
         channel.send({"error": error_message(error)})
@@ -208,6 +216,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)
     parser.add_argument("--niceness", type=int, required=True)
+    parser.add_argument("--prefix-dir", type=Path)
+    parser.add_argument("--event-cache", type=int, required=True)
+    parser.add_argument("--decision-cache", type=int, required=True)
+    parser.add_argument("--together", type=int, required=True)
     return parser.parse_args(argv)
 
 

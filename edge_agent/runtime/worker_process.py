@@ -177,7 +177,11 @@ class WorkerProcess:
         command = [sys.executable, "-P", "-m", self._module, "--fd", str(theirs.fileno())]
         command += ["--parent", str(os.getpid()), "--bundle", str(self._bundle_dir), "--digest", self._digest]
         command += ["--threads", str(settings.threads), "--memory-limit", str(settings.memory_limit_bytes)]
-        command += ["--niceness", str(settings.niceness)]
+        command += ["--niceness", str(settings.niceness), "--together", str(settings.together)]
+        command += ["--event-cache", str(settings.event_cache_bytes)]
+        command += ["--decision-cache", str(settings.decision_cache_bytes)]
+        if settings.prefix_dir is not None:
+            command += ["--prefix-dir", str(settings.prefix_dir)]
         try:
             with theirs:
                 self._child = ChildProcess(command, _environment(), theirs.fileno(), self._on_log)

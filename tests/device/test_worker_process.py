@@ -222,9 +222,10 @@ def test_a_model_that_the_machine_cannot_hold_has_a_ceiling_while_it_loads(
     script = (
         "import pathlib, resource, sys\n"
         "from edge_agent.runtime.memory import physical_bytes\n"
+        "from edge_agent.runtime.speed import Speed\n"
         "from edge_agent.runtime.worker import EngineDecider\n"
         "before = resource.getrlimit(resource.RLIMIT_AS)[0]\n"
-        "EngineDecider(pathlib.Path(sys.argv[1]), sys.argv[2], 1)\n"
+        "EngineDecider(pathlib.Path(sys.argv[1]), sys.argv[2], 1, Speed())\n"
         "ceiling = resource.getrlimit(resource.RLIMIT_AS)[0]\n"
         "print(before == resource.RLIM_INFINITY, physical_bytes() < ceiling < 2 * physical_bytes())\n"
     )

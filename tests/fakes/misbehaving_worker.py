@@ -15,6 +15,7 @@ from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.memory import rss_bytes
+from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.worker import Progress, main
 
 _BLOCK_BYTES = 1 << 20
@@ -32,7 +33,7 @@ _NONSENSE = {
 
 
 class Misbehaving:
-    def __init__(self, bundle: Path, digest: str, threads: int) -> None:
+    def __init__(self, bundle: Path, digest: str, threads: int, speed: Speed) -> None:
         self._leaked: list[bytes] = []
         self._fd = int(sys.argv[sys.argv.index("--fd") + 1])
         match bundle.name:
