@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import Enum
+from typing import Protocol
 
 from edge_agent.contract.event import parse_event
 from edge_agent.contract.messages import Decision, ModelRef, decision_id, now_ms
+from edge_agent.contract.task import TaskSpec
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, RefusedError, TransientError
 from edge_agent.log import get_logger
@@ -35,6 +37,21 @@ class Step(Enum):
     BURIED = "buried"
     IDLE = "idle"
     BLOCKED = "blocked"
+
+
+class Escalation(Protocol):
+    """What answers instead where the device is unsure."""
+
+    def begin(self, row: InboxEvent, decision: Decision, task: TaskSpec) -> Decision | None:
+        """Take the event over, where its task wants that.
+
+        Returns:
+            None when the event has left the inbox and waits for its answer elsewhere; else what to publish now.
+
+        Raises:
+            TransientError: the disk cannot take it: the event still waits in the inbox.
+        """
+        ...
 
 
 def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> Decision:
@@ -67,6 +84,7 @@ class Answering:
             fault and not the event's: the event stands aside, so that others are answered, and comes back until there
             is a verdict. Every attempt counts against the candidate, so the verdict comes soon.
         clock: monotonic seconds.
+        escalation: takes over what the device is unsure of; None publishes the best guess.
     """
 
     def __init__(
@@ -78,6 +96,7 @@ class Answering:
         on_probation: Callable[[], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
+        escalation: Escalation | None = None,
     ) -> None:
         self._spool = spool
         self._serving = serving
@@ -85,8 +104,9 @@ class Answering:
         self._topics = topics
         self._on_probation = on_probation
         self._clock = clock
+        self._escalation = escalation
         self._aside: dict[int, float] = {}  # inbox id -> when it comes back
-        self._unwritten: tuple[InboxEvent, Decision] | None = None
+        self._unwritten: tuple[InboxEvent, Decision, TaskSpec] | None = None
         self._waits_for: str | None = None
 
     def step(self) -> Step:
@@ -142,16 +162,21 @@ class Answering:
             answer, model_ref = self._serving.decide(row.task, event, task.deadline_ms / 1000)
         except EdgeError as error:
             return self._unanswered(row, error)
-        return self._publish(row, decision_of(answer, row.task, row.event_id, model_ref))
+        return self._publish(row, decision_of(answer, row.task, row.event_id, model_ref), task)
 
-    def _publish(self, row: InboxEvent, decision: Decision) -> Step:
+    def _publish(self, row: InboxEvent, decision: Decision, task: TaskSpec) -> Step:
         # Kept until it is written: on a full disk the same decision is tried again, and nothing is inferred anew.
-        self._unwritten = (row, decision)
-        message = decision_message(decision, self._node.decision_topic_for(row.task), self._topics)
-        self._spool.complete(row.inbox_id, [message])
+        self._unwritten = (row, decision, task)
+        final = decision if self._escalation is None else self._escalation.begin(row, decision, task)
+        if final is not None:
+            message = decision_message(final, self._node.decision_topic_for(row.task), self._topics)
+            with self._spool.batch():
+                self._spool.complete(row.inbox_id, [message])
+                if final.escalation is not None:
+                    self._spool.escalations.count(final.escalation.outcome)
         self._unwritten = None
         _log.info(
-            "decided",
+            "decided" if final is not None else "escalated",
             event_id=row.event_id,
             decision_id=decision.decision_id,
             task=row.task,

@@ -149,7 +149,7 @@ class EscalationRow:
 class EscalationCase:
     """The content of an escalation: see `NewEscalation`; ``payload`` is the event as received."""
 
-    escalation_id: int
+    row: EscalationRow
     payload: bytes
     guess: bytes
     spec: bytes

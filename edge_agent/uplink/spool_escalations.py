@@ -23,6 +23,7 @@ from edge_agent.uplink.spool_store import SpoolStore
 
 # Counters that are no drops: `QueueTelemetry.escalations` shows them under the outcome's own name.
 OUTCOME_PREFIX = "outcome/"
+_ROW = "id, destination, boot_id, begun_ms, timeout_ms, power_cuts, attempts"
 
 
 class Begun(Enum):
@@ -92,10 +93,7 @@ class EscalationQueue:
                     new.boot_id, new.begun_ms, new.timeout_ms, seq, size_bytes,
                 ),
             )  # fmt: skip
-            db.execute(
-                "INSERT OR REPLACE INTO escalation_budgets VALUES (?, ?, ?, ?)",
-                (task, budget.credit, budget.boot_id, budget.at_ms),
-            )
+            self.keep_budget(task, budget)
         self._leased.discard(inbox_id)
         return Begun.BEGUN
 
@@ -107,13 +105,18 @@ class EscalationQueue:
             ).fetchone()
         return None if row is None else BudgetRow(*row)
 
+    def keep_budget(self, task: str, budget: BudgetRow) -> None:
+        """Record what the task may still ask."""
+        with self._store.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO escalation_budgets VALUES (?, ?, ?, ?)",
+                (as_text(task), budget.credit, budget.boot_id, budget.at_ms),
+            )
+
     def waiting(self) -> list[EscalationRow]:
         """Every pending escalation, the oldest first."""
         with self._store.reading() as db:
-            rows = db.execute(
-                "SELECT id, destination, boot_id, begun_ms, timeout_ms, power_cuts, attempts"
-                " FROM escalations ORDER BY id"
-            ).fetchall()
+            rows = db.execute(f"SELECT {_ROW} FROM escalations ORDER BY id").fetchall()  # noqa: S608 - our own columns
         return [EscalationRow(*row) for row in rows]
 
     def find(self, task: str, decision_id: str) -> int | None:
@@ -128,9 +131,12 @@ class EscalationQueue:
         """The content of a pending escalation; None when it was settled."""
         with self._store.reading() as db:
             row = db.execute(
-                "SELECT id, payload, guess, spec FROM escalations WHERE id = ?", (escalation_id,)
+                f"SELECT {_ROW}, payload, guess, spec FROM escalations WHERE id = ?",  # noqa: S608 - as above
+                (escalation_id,),
             ).fetchone()
-        return None if row is None else EscalationCase(row[0], row[1], row[2].encode(), row[3].encode())
+        if row is None:
+            return None
+        return EscalationCase(EscalationRow(*row[:-3]), row[-3], row[-2].encode(), row[-1].encode())
 
     def begin_anew(self, escalation_id: int, boot_id: str, begun_ms: int) -> None:
         """Let the wait begin anew: the machine was started since, and nobody knows how long it was off."""

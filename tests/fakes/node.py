@@ -45,6 +45,7 @@ class Node:
         self.spool = Spool(self.path, self.spool_settings, deadletter_topic=TOPICS.deadletter)
         self.tasks = {"triage"}
         self.desired: list[bytes] = []
+        self.answers: list[tuple[str, str, bytes]] = []
         self.calls = 0
         self.wills = 0
         self.fail_with: Callable[[], Exception | None] = lambda: None
@@ -82,6 +83,9 @@ class Node:
 
     def on_desired(self, envelope: bytes) -> None:
         self.desired.append(envelope)
+
+    def on_escalation_answer(self, task: str, decision_id: str, payload: bytes) -> None:
+        self.answers.append((task, decision_id, payload))
 
     def on_connected(self) -> Sequence[tuple[str, bytes]]:
         return [(TOPICS.meta, b'{"schema_version":1}')]

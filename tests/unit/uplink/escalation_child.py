@@ -30,7 +30,7 @@ def main(path: str) -> None:
         if len(rows) > 3:
             case = spool.escalations.case(rows[0].escalation_id)
             assert case is not None
-            spool.escalations.settle(case.escalation_id, OutboundMessage("out", case.guess), "answered")
+            spool.escalations.settle(case.row.escalation_id, OutboundMessage("out", case.guess), "answered")
             say("settled", case.guess.decode())
 
 
