@@ -11,18 +11,21 @@ from edge_agent.contract.event import Event, parse_event
 from edge_agent.contract.messages import Decision, now_ms
 from edge_agent.contract.task import TaskSpec
 from edge_agent.contract.topics import NodeTopics
-from edge_agent.errors import EdgeError, IntegrityError
+from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.escalation.chat import endpoint_of
 from edge_agent.escalation.clock import BootClock
 from edge_agent.escalation.escalator import Escalator
 from edge_agent.escalation.ports import Case, Clock
 from edge_agent.escalation.question import mqtt_request
 from edge_agent.escalation.rules import Budget, Moment, Waiting, refilled, refusal, spent
+from edge_agent.log import get_logger
 from edge_agent.settings import EscalationSettings, NodeSettings
 from edge_agent.uplink.cloudevents import JSON, decision_message
 from edge_agent.uplink.records import BudgetRow, EscalationRow, InboxEvent, NewEscalation, OutboundMessage
 from edge_agent.uplink.spool import Spool
 from edge_agent.uplink.spool_escalations import Begun
+
+_log = get_logger(__name__)
 
 
 class EscalationStore:
@@ -52,9 +55,10 @@ class EscalationStore:
         try:
             guess = Decision.model_validate_json(found.guess)
             task = TaskSpec.model_validate_json(found.spec)
-        except ValidationError as error:
-            raise IntegrityError("spool.corrupt", f"escalation {escalation_id} is not what was written") from error
-        event = parse_event(found.payload, max_bytes=task.limits.max_event_bytes)
+            event = parse_event(found.payload, max_bytes=task.limits.max_event_bytes)
+        except (ValidationError, EdgeError) as error:
+            self._bury(escalation_id, type(error).__name__)
+            return None
         return Case(_waiting(found.row), guess, task, event)
 
     def find(self, task: str, decision_id: str) -> int | None:
@@ -78,6 +82,16 @@ class EscalationStore:
     def count(self, reason: str) -> None:
         """See `Store`."""
         self._spool.count(reason)
+
+    def _bury(self, escalation_id: int, why: str) -> None:
+        """What an agent of another version wrote, and this one cannot read, can still be decided anew by a person."""
+        error = PermanentError("escalation.unreadable", f"a pending escalation cannot be read: {why}")
+        with self._spool.batch():
+            lost = self._rows.forget(escalation_id)
+            if lost is not None:
+                task, event_id, payload = lost
+                self._spool.bury(None, error, task=task, event_id=event_id, payload=payload)
+        _log.error("escalation_unreadable", error=error)
 
 
 class Escalating:

@@ -204,6 +204,7 @@ class Escalator:
                 return  # the daemon stops
             except Exception:  # noqa: BLE001 - a defect costs one question; it is put again, or its time runs out
                 _log.exception("escalation_failed")
+                self._stopping.wait(WRITE_RETRY_S)
             finally:
                 with self._lock:
                     self._asking.discard(escalation_id)

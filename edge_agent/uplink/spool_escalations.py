@@ -173,6 +173,22 @@ class EscalationQueue:
             add_count(db, OUTCOME_PREFIX + outcome)
         return True
 
+    def forget(self, escalation_id: int) -> tuple[str, str, bytes] | None:
+        """Remove an escalation without a decision: the caller makes a dead letter of it in the same transaction.
+
+        Returns:
+            Task, event id and payload; None when it was settled before.
+        """
+        with self._store.transaction() as db:
+            row: tuple[str, str, bytes, int | None] | None = db.execute(
+                "DELETE FROM escalations WHERE id = ? RETURNING task, event_id, payload, request_seq", (escalation_id,)
+            ).fetchone()
+            if row is None:
+                return None
+            db.execute("DELETE FROM outbox WHERE seq = ?", (row[3],))
+            remember(db, row[:2], self._settings.answered_ids_max)
+        return row[:3]
+
     def count(self, outcome: Outcome) -> None:
         """Count an escalation that ended before it began, in the transaction that publishes the best guess."""
         with self._store.transaction() as db:

@@ -38,7 +38,15 @@ def decision_of(task: str, given_id: str) -> Decision:
 class Node:
     """Implements `UplinkPorts`; ``fail_with`` raises from ``on_event`` before anything was written."""
 
-    def __init__(self, directory: Path, settings: MqttSettings, spool_settings: SpoolSettings | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: MqttSettings,
+        spool_settings: SpoolSettings | None = None,
+        *,
+        takes_answers: bool = False,
+    ) -> None:
+        self.takes_answers = takes_answers
         self.settings = settings
         self.spool_settings = spool_settings or SpoolSettings()
         self.path = directory / "spool.sqlite"
@@ -54,7 +62,10 @@ class Node:
         self.uplink = self._make_uplink()
 
     def _make_uplink(self) -> MqttUplink:
-        return MqttUplink(self.settings, TOPICS, self.spool, self, drain_per_s=self.spool_settings.drain_per_s)
+        rate_per_s = self.spool_settings.drain_per_s
+        return MqttUplink(
+            self.settings, TOPICS, self.spool, self, drain_per_s=rate_per_s, takes_answers=self.takes_answers
+        )
 
     # ---- UplinkPorts
 

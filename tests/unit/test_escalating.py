@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,6 +226,25 @@ def test_what_waited_at_a_crash_and_is_overdue_is_given_up_after_the_start(tmp_p
     bench.escalating.escalator.start()
     assert bench.ends() == [("abstained", "timed_out")]
     assert not server.asked
+    bench.close()
+
+
+def test_an_escalation_that_this_version_cannot_read_becomes_a_dead_letter_and_holds_up_nothing(
+    tmp_path: Path, server: ChatServer
+) -> None:
+    bench = Bench(tmp_path, base_url=server.url, model="large")
+    bench.answer("e-0")
+    bench.answer("e-1")
+    with sqlite3.connect(tmp_path / "spool.sqlite") as db:
+        db.execute("""UPDATE escalations SET spec = '{"format": 2}' WHERE event_id = 'e-0'""")
+    db.close()
+    bench.escalating.escalator.start()
+    assert bench.ends() == [("escalated", "answered")]
+    wait_until(lambda: bench.spool.counts().escalations_pending == 0)
+    [letter] = bench.spool.dead_letters()
+    assert (letter.event_id, letter.code) == ("e-0", "escalation.unreadable")
+    assert bench.take("e-0") is Duplicate
+    assert bench.spool.requeue(letter.dead_letter_id) is Accepted
     bench.close()
 
 
