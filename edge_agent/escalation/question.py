@@ -71,7 +71,7 @@ def mqtt_request(
         timestamp_ms=now_ms,
     )
     # Escaped, because an event may hold lone surrogates, which UTF-8 cannot carry.
-    return json.dumps(request.model_dump(mode="json")).encode()
+    return json.dumps(request.model_dump(mode="json"), separators=(",", ":")).encode()
 
 
 def _shown(spec: EscalationSpec, event: Event, guess: Decision) -> dict[str, Any]:
