@@ -170,10 +170,10 @@ class Answering:
         final = decision if self._escalation is None else self._escalation.begin(row, decision, task)
         if final is not None:
             message = decision_message(final, self._node.decision_topic_for(row.task), self._topics)
-            with self._spool.batch():
+            if final.escalation is None:
                 self._spool.complete(row.inbox_id, [message])
-                if final.escalation is not None:
-                    self._spool.escalations.count(final.escalation.outcome)
+            else:
+                self._spool.escalations.give_up(row.inbox_id, message, final.escalation.outcome)
         self._unwritten = None
         _log.info(
             "decided" if final is not None else "escalated",

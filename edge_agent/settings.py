@@ -186,8 +186,9 @@ class EscalationSettings(_Section):
             _ = parts.port
         except ValueError as error:
             raise ValueError(f"base_url is malformed: {error}") from error
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query:
-            raise ValueError("base_url must be http(s)://host[:port]/path without credentials")
+        is_plain = self.base_url.isascii() and self.base_url.isprintable() and not set(self.base_url) & set(" ?#@")
+        if parts.scheme not in {"http", "https"} or not parts.hostname or not is_plain:
+            raise ValueError("base_url must be http(s)://host[:port]/path in ASCII, without credentials or query")
         if self.api_key_file is not None and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
             raise ValueError("api_key_file needs https: over http everyone on the line could read the key")
         return self

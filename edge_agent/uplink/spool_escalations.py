@@ -2,7 +2,8 @@
 
 Rules:
 - ``begin`` moves an event here from the inbox in one transaction; ``settle`` turns it into exactly one message of the
-  outbox in another. So after a power cut an event waits in the inbox, waits here, or is answered: exactly one of them.
+  outbox in another (``give_up`` is both at once). So after a power cut an event waits in the inbox, waits here, or is
+  answered: exactly one of them.
 - Whoever settles first wins: the answer, the timeout, or a fallback. For everyone after that the escalation is unknown.
 - An event that waits here is a duplicate to the inbox, however many answers came since.
 """
@@ -189,10 +190,24 @@ class EscalationQueue:
             remember(db, row[:2], self._settings.answered_ids_max)
         return row[:3]
 
-    def count(self, outcome: Outcome) -> None:
-        """Count an escalation that ended before it began, in the transaction that publishes the best guess."""
+    def give_up(self, inbox_id: int, message: OutboundMessage, outcome: Outcome) -> bool:
+        """Replace an event that cannot be asked about by the decision that says so, in one transaction.
+
+        Returns:
+            False when the event is no longer in the inbox; then nothing was written.
+
+        Raises:
+            TransientError: ``disk.full`` or ``spool.busy``: the event still waits, under the same lease.
+        """
         with self._store.transaction() as db:
+            if (row := inbox_row(db, inbox_id)) is None:
+                return False
+            db.execute("DELETE FROM inbox WHERE id = ?", (inbox_id,))
+            remember(db, row[:2], self._settings.answered_ids_max)
+            self._enqueue(db, message)
             add_count(db, OUTCOME_PREFIX + outcome)
+        self._leased.discard(inbox_id)
+        return True
 
     def _enqueue(self, db: sqlite3.Connection, message: OutboundMessage) -> int:
         seq = enqueue(db, message, self._settings.outbox_max_bytes)

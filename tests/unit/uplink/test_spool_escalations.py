@@ -258,6 +258,48 @@ def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> 
 
 # ---- SIGKILL
 
+LIFE = """
+import sys
+from pathlib import Path
+from edge_agent.settings import SpoolSettings
+from edge_agent.uplink.records import BudgetRow, NewEscalation, OutboundMessage
+from edge_agent.uplink.spool import Spool
+spool = Spool(Path(sys.argv[1]), SpoolSettings())
+spool.accept("triage", "a", b"{}", "normal", 1)
+event = spool.next_event()
+if event is not None:
+    new = NewEscalation("id-a", "mqtt", b"{}", b"{}", "boot", 0, 1000)
+    question = OutboundMessage("q", b"question", klass="alarm")
+    spool.escalations.begin(event.inbox_id, new, BudgetRow(1.0, "b", 0), bounds=(9, 9999), request=question)
+for row in spool.escalations.waiting():
+    spool.escalations.note_attempt(row.escalation_id)
+    spool.escalations.settle(row.escalation_id, OutboundMessage("d", b"decision"), "answered")
+"""
+
+
+@pytest.mark.needs("strace")
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_kill_at_any_sync_leaves_the_event_in_one_place_and_the_next_life_ends_it_once(
+    tmp_path: Path, number: int
+) -> None:
+    path = tmp_path / "spool.sqlite"
+    life = [sys.executable, "-c", LIFE, str(path)]
+    inject = f"inject=fsync,fdatasync:signal=SIGKILL:when={number}"
+    subprocess.run(["strace", "-f", "-o", "/dev/null", "-e", inject, *life], cwd=ROOT, check=False)
+    if path.exists():
+        spool = Spool(path, SpoolSettings())
+        counts, messages = spool.counts(), sent(spool)
+        places = (counts.inbox, counts.escalations_pending, messages.count("decision"))
+        assert sum(places) <= 1, "nothing is promised before the first commit"
+        assert messages.count("question") == counts.escalations_pending, "the question comes and goes with it"
+        spool.close()
+    subprocess.run(life, cwd=ROOT, check=True)
+    spool = Spool(path, SpoolSettings())
+    assert sent(spool) == ["decision"]
+    counts = spool.counts()
+    assert (counts.inbox, counts.escalations_pending, counts.escalations) == (0, 0, {"answered": 1})
+    spool.close()
+
 
 def test_sigkill_at_random_moments_leaves_every_escalated_event_in_one_place_and_answers_none_twice(
     tmp_path: Path,
