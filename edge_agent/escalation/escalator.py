@@ -38,6 +38,8 @@ from edge_agent.settings import EscalationSettings
 LOOK_S = 5.0
 WRITE_RETRY_S = 1.0
 STOP_S = 3.0
+# Longer wishes of a server are cut to this: one absurd header must not silence a node for days.
+PATIENCE_MAX_S = 600
 # Faults that time does not cure: a person must act.
 ALARMING = frozenset({"escalation.denied", "escalation.tls_untrusted", "escalation.key_file", "escalation.ca_file"})
 _PAUSE = wait_random_exponential(multiplier=0.5, max=10.0)
@@ -73,6 +75,7 @@ class Escalator:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._asking: set[int] = set()
+        self._not_before_ms = 0
         self._questions: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._last_hold: str | None = None
         askers = range(settings.concurrency if asker is not None else 0)
@@ -182,6 +185,8 @@ class Escalator:
                 pass
 
     def _ask(self, escalation_id: int) -> None:
+        if self._clock.now().at_ms < self._not_before_ms:
+            return
         with self._lock:
             is_idle = len(self._asking) < self._settings.concurrency
             if not is_idle or escalation_id in self._asking:
@@ -232,7 +237,11 @@ class Escalator:
             if timeout_ms <= 0:
                 raise TransientError("escalation.no_answer", "the time for an answer is over")
             self._store.note_attempt(case.waiting.escalation_id)
-            text = asker.ask(case, timeout_ms / 1000)
+            try:
+                text = asker.ask(case, timeout_ms / 1000)
+            except TransientError as error:
+                self._be_patient(error)
+                raise
             self._note_fault(None)
             return text
 
@@ -249,6 +258,11 @@ class Escalator:
             reraise=True,
         )
         return retrying(once)
+
+    def _be_patient(self, error: TransientError) -> None:
+        """A server that wants to be left alone means every question, not only the one that it refused."""
+        wanted_s = min(error.context.get("retry_after_s", 0), PATIENCE_MAX_S)
+        self._not_before_ms = max(self._not_before_ms, self._clock.now().at_ms + round(wanted_s * 1000))
 
     def _settle_at_last(self, case: Case, decision: Decision) -> bool:
         """As `_settle`; a full disk delays it, because the answer was paid for. Raises RetryError at the stop."""

@@ -13,7 +13,7 @@ import pytest
 from edge_agent.contract.messages import Decision
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.escalation.chat import ChatEndpoint
-from edge_agent.escalation.escalator import Escalator
+from edge_agent.escalation.escalator import PATIENCE_MAX_S, Escalator
 from edge_agent.escalation.ports import Asker, Case
 from edge_agent.escalation.rules import MAX_POWER_CUTS
 from edge_agent.settings import EscalationSettings
@@ -162,6 +162,19 @@ def test_no_more_questions_are_put_at_a_time_than_the_site_allows(running: Runni
         bench.ends(12)
         assert asker.most_at_a_time == 3
         assert len(asker.asked) == 12, "none is asked twice"
+
+
+def test_a_server_that_wants_patience_is_not_asked_the_next_question_either_until_it_is_over(running: Running) -> None:
+    asker = ScriptedAsker(TransientError("escalation.busy", "later", retry_after_s=1e9), PLAIN)
+    store = MemoryStore(case_of(1), case_of(2, timeout_ms=3_600_000))
+    with running(store, asker, concurrency=1) as bench:
+        assert bench.outcomes() == [("abstained", "timed_out", "escalation.busy")], "it has no time for that"
+        for _ in range(20):
+            bench.escalator.look()
+        assert len(asker.asked) == 1
+        bench.clock.pass_ms(PATIENCE_MAX_S * 1000)
+        bench.escalator.wake()
+        assert bench.outcomes(2)[1] == ("escalated", "answered", None), "an absurd wish is cut"
 
 
 def test_one_that_nobody_had_time_to_ask_ends_at_its_own_deadline(running: Running) -> None:
