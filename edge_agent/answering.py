@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from edge_agent.batching import BatchSize
 from edge_agent.contract.event import Event, parse_event
 from edge_agent.contract.messages import Decision, ModelRef, decision_id, now_ms
+from edge_agent.contract.task import TaskSpec
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, RefusedError, TransientError
 from edge_agent.log import get_logger
@@ -45,6 +46,21 @@ class Step(Enum):
     BLOCKED = "blocked"
 
 
+class Escalation(Protocol):
+    """What answers instead where the device is unsure."""
+
+    def begin(self, row: InboxEvent, decision: Decision, task: TaskSpec) -> Decision | None:
+        """Take the event over, where its task wants that.
+
+        Returns:
+            None when the event has left the inbox and waits for its answer elsewhere; else what to publish now.
+
+        Raises:
+            TransientError: the disk cannot take it: the event still waits in the inbox.
+        """
+        ...
+
+
 def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> Decision:
     """The published form of an answer."""
     return Decision(
@@ -63,19 +79,8 @@ def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> De
     )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What became of an event that was taken.
-
-    Args:
-        row: the event, leased.
-        answer: of the model, or the fault that kept it from one.
-        model: that answered.
-    """
-
-    row: InboxEvent
-    answer: Answer | EdgeError
-    model: ModelRef | None = None
+_Outcome = tuple[Decision, TaskSpec] | EdgeError
+"""What became of an event that was taken: a decision of its task, or the fault that kept it from one."""
 
 
 class Answering:
@@ -90,6 +95,7 @@ class Answering:
             fault and not the event's: the event stands aside, so that others are answered, and comes back until there
             is a verdict. Every attempt counts against the candidate, so the verdict comes soon.
         clock: monotonic seconds.
+        escalation: takes over what the device is unsure of; None publishes the best guess.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class Answering:
         on_probation: Callable[[], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
+        escalation: Escalation | None = None,
     ) -> None:
         self._spool = spool
         self._serving = serving
@@ -110,9 +117,10 @@ class Answering:
         self._clock = clock
         self._batch_size = BatchSize()
         self._alone: set[int] = set()  # inbox ids; a worker was lost over one of them, nobody knows which
-        self._found: deque[_Found] = deque()
+        self._found: deque[tuple[InboxEvent, _Outcome]] = deque()
+        self._escalation = escalation
         self._aside: dict[int, float] = {}  # inbox id -> when it comes back
-        self._unwritten: tuple[InboxEvent, Decision] | None = None
+        self._unwritten: tuple[InboxEvent, Decision, TaskSpec] | None = None
         self._waits_for: str | None = None
 
     def step(self) -> Step:
@@ -146,13 +154,13 @@ class Answering:
             self._found.extend(self._ask(row))
             if not self._found:
                 return Step.BLOCKED
-        found = self._found.popleft()
+        row, outcome = self._found.popleft()
         try:
-            return self._conclude(found)
+            return self._unanswered(row, outcome) if isinstance(outcome, EdgeError) else self._publish(row, *outcome)
         except TransientError:
             # The event keeps its place, and no acknowledgement is taken back.
             if self._unwritten is None:
-                self._spool.release(found.row.inbox_id)
+                self._spool.release(row.inbox_id)
             raise
 
     def _end_leases(self) -> None:
@@ -163,24 +171,23 @@ class Answering:
                 del self._aside[inbox_id]
                 self._spool.release(inbox_id)
 
-    def _ask(self, row: InboxEvent) -> list[_Found]:
+    def _ask(self, row: InboxEvent) -> list[tuple[InboxEvent, _Outcome]]:
         """What the model says of an event, and of those that it is answered together with."""
         model = self._serving.model
         if model is None or row.task not in model.tasks:
-            return [_Found(row, RefusedError("task.unknown", f"no task {row.task!r} in the active bundle"))]
+            return [(row, RefusedError("task.unknown", f"no task {row.task!r} in the active bundle"))]
         task = model.tasks[row.task]
-        deadline_s = task.deadline_ms / 1000
-        rows = [row, *self._others(row, deadline_s)]
+        rows = [row, *self._others(row, task.deadline_ms / 1000)]
         asked: list[tuple[InboxEvent, Event]] = []
-        found: list[_Found] = []
+        found: list[tuple[InboxEvent, _Outcome]] = []
         for one in rows:
             try:
                 asked.append((one, parse_event(one.payload, max_bytes=task.limits.max_event_bytes)))
             except EdgeError as error:
-                found.append(_Found(one, error))
+                found.append((one, error))
         if len(asked) == 1:
-            return [self._ask_one(*asked[0], deadline_s), *found]
-        return [*self._ask_many(asked, deadline_s), *found] if asked else found
+            return [(asked[0][0], self._ask_one(*asked[0], task)), *found]
+        return [*self._ask_many(asked, task), *found] if asked else found
 
     def _others(self, row: InboxEvent, deadline_s: float) -> list[InboxEvent]:
         """Events to answer together with one, leased."""
@@ -195,49 +202,49 @@ class Answering:
                 self._spool.release(one.inbox_id)
         return taken
 
-    def _ask_one(self, row: InboxEvent, event: Event, deadline_s: float) -> _Found:
+    def _ask_one(self, row: InboxEvent, event: Event, task: TaskSpec) -> _Outcome:
         began_s = self._clock()
         self._alone.discard(row.inbox_id)  # what it costs from now on, it alone is to blame for
         try:
-            answer, model = self._serving.decide(row.task, event, deadline_s)
+            answer, model = self._serving.decide(row.task, event, task.deadline_ms / 1000)
         except EdgeError as error:
-            return _Found(row, error)
+            return error
         self._batch_size.learn(1, self._clock() - began_s)
-        return _Found(row, answer, model)
+        return decision_of(answer, row.task, row.event_id, model), task
 
-    def _ask_many(self, asked: Sequence[tuple[InboxEvent, Event]], deadline_s: float) -> list[_Found]:
+    def _ask_many(self, asked: Sequence[tuple[InboxEvent, Event]], task: TaskSpec) -> list[tuple[InboxEvent, _Outcome]]:
         began_s = self._clock()
-        rows = [row for row, _ in asked]
+        rows, events = [row for row, _ in asked], [event for _, event in asked]
         try:
-            answers, model = self._serving.decide_many(rows[0].task, [event for _, event in asked], deadline_s)
+            answers, model = self._serving.decide_many(task.name, events, task.deadline_ms / 1000)
         except EdgeError as error:
+            if error.code == _NOT_READY:
+                return [(row, error) for row in rows]
             for row in rows:
                 self._spool.release(row.inbox_id)
-            if error.code == _NOT_READY:
-                raise
             # Any of them may be to blame, so none is: each is tried by itself.
             self._alone.update(row.inbox_id for row in rows)
             _log.error("worker_lost", events=len(rows), buried=False, error=error)
             return []
         self._batch_size.learn(len(rows), self._clock() - began_s)
-        return [_Found(row, answer, model) for row, answer in zip(rows, answers, strict=True)]
+        return [
+            (row, one if isinstance(one, EdgeError) else (decision_of(one, row.task, row.event_id, model), task))
+            for row, one in zip(rows, answers, strict=True)
+        ]
 
-    def _conclude(self, found: _Found) -> Step:
-        row, answer = found.row, found.answer
-        if isinstance(answer, EdgeError):
-            return self._unanswered(row, answer)
-        if found.model is None:  # cannot happen: an answer comes from a model
-            raise RefusedError("task.unknown", "an answer without a model")
-        return self._publish(row, decision_of(answer, row.task, row.event_id, found.model))
-
-    def _publish(self, row: InboxEvent, decision: Decision) -> Step:
+    def _publish(self, row: InboxEvent, decision: Decision, task: TaskSpec) -> Step:
         # Kept until it is written: on a full disk the same decision is tried again, and nothing is inferred anew.
-        self._unwritten = (row, decision)
-        message = decision_message(decision, self._node.decision_topic_for(row.task), self._topics)
-        self._spool.complete(row.inbox_id, [message])
+        self._unwritten = (row, decision, task)
+        final = decision if self._escalation is None else self._escalation.begin(row, decision, task)
+        if final is not None:
+            message = decision_message(final, self._node.decision_topic_for(row.task), self._topics)
+            if final.escalation is None:
+                self._spool.complete(row.inbox_id, [message])
+            else:
+                self._spool.escalations.give_up(row.inbox_id, message, final.escalation.outcome)
         self._unwritten = None
         _log.info(
-            "decided",
+            "decided" if final is not None else "escalated",
             event_id=row.event_id,
             decision_id=decision.decision_id,
             task=row.task,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from edge_agent.contract.escalation import Escalation
 from edge_agent.contract.manifest import Name, Sha256
 
 Route = Literal["device", "cache", "rule", "escalated", "abstained"]
@@ -53,6 +54,8 @@ class Decision(_Payload):
     truncated: bool = False
     latency_ms: float
     timestamp_ms: int
+    # Left out where there was none: such a decision looks as it did before there were escalations.
+    escalation: Escalation | None = Field(default=None, exclude_if=lambda escalation: escalation is None)
 
 
 def decision_id(task: str, event_id: str, model_digest: str) -> str:
@@ -147,6 +150,8 @@ class QueueTelemetry(_Payload):
     outbox: int
     dead_letters: int
     dropped: dict[str, int]
+    escalations_pending: int = 0
+    escalations: dict[str, int] = Field(default={}, description="by outcome, since the store was created")
     timestamp_ms: int
 
 

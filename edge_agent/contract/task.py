@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import Guard, enforce
 from edge_agent.contract.output import Identifier, OutputField, accepts, parse_output_schema
@@ -85,6 +86,7 @@ class TaskSpec(_Model):
     limits: Limits = Limits()
     cache: bool = Field(default=True, description="answer an event that was answered before from memory")
     guards: tuple[Guard, ...] = ()
+    escalation: EscalationSpec | None = Field(default=None, description="absent: unsure answers stay on the device")
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:

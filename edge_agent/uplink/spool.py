@@ -1,4 +1,4 @@
-"""Inbox, outbox and dead letters of one node, in one SQLite file.
+"""Inbox, outbox, escalations and dead letters of one node, in one SQLite file.
 
 Rules:
 - ``accept`` returns only when the event is durable; the caller acknowledges afterwards.
@@ -17,7 +17,6 @@ import contextlib
 import json
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from edge_agent.uplink.records import (
     Priority,
     QueuedMessage,
 )
+from edge_agent.uplink.spool_escalations import EscalationQueue, split_counters
 from edge_agent.uplink.spool_rows import (
     InboxRow,
     LetterEvent,
@@ -48,6 +48,8 @@ from edge_agent.uplink.spool_rows import (
     is_known,
     last_seq,
     message_of,
+    monotonic_ms,
+    remember,
     restamp,
     total,
     waiting_events,
@@ -70,6 +72,7 @@ class Spool:
     Attributes:
         inbox_changed: set whenever an event was accepted; whoever waits on it clears it before looking.
         outbox_changed: set whenever a message was queued; the uplink waits on it.
+        escalations: events that wait for an answer from elsewhere.
 
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
@@ -86,7 +89,8 @@ class Spool:
         self.inbox_changed = threading.Event()
         self.outbox_changed = threading.Event()
         self._leased: set[int] = set()
-        self._clocks = now_ms(), _steady_ms()
+        self.escalations = EscalationQueue(self._store, settings, self._leased, self.outbox_changed)
+        self._clocks = now_ms(), monotonic_ms()
         with self._store.reading() as db:
             self._first_seq = last_seq(db) + 1
         self._uncounted: collections.Counter[str] = collections.Counter()
@@ -142,10 +146,7 @@ class Spool:
         return Accepted
 
     def next_event(self) -> InboxEvent | None:
-        """Lease the oldest event of the highest lane that nobody works on; None when there is none.
-
-        ``complete``, ``bury``, ``worker_died`` or ``release`` end the lease, and so does a crash.
-        """
+        """Lease the next event that nobody works on, until it is answered, buried or given back; None: there is none."""
         with self._store.reading() as db:
             event = next(waiting_events(db, self._leased), None)
             self._leased.update([event.inbox_id] if event else [])
@@ -314,7 +315,7 @@ class Spool:
         Returns:
             How many were dropped.
         """
-        at, steady = now_ms() if now is None else now, _steady_ms() if steady_ms is None else steady_ms
+        at, steady = now_ms() if now is None else now, monotonic_ms() if steady_ms is None else steady_ms
         with self._store.transaction() as db:
             # A clock that is set forward (by the network, on a machine without a clock of its own) ages nothing.
             leap_ms = (at - self._clocks[0]) - (steady - self._clocks[1])
@@ -337,21 +338,25 @@ class Spool:
                 add_count(db, reason, n)
             return
         self._uncounted[reason] += n
-        with contextlib.suppress(EdgeError), self._store.transaction() as db:
-            for name, delayed in self._uncounted.items():
-                add_count(db, name, delayed)
+        # Under one lock, and cleared after the commit: a full disk may show itself only there.
+        with contextlib.suppress(EdgeError), self._store.reading():
+            with self._store.transaction() as db:
+                for name, delayed in self._uncounted.items():
+                    add_count(db, name, delayed)
             self._uncounted.clear()
 
     def counts(self) -> QueueTelemetry:
         """Depths and every counter since the file was created."""
         with self._store.reading() as db:
             totals = dict(db.execute("SELECT name, n FROM totals").fetchall())
-            counters = collections.Counter(dict(db.execute("SELECT name, n FROM counters").fetchall()))
+            dropped, outcomes = split_counters(db.execute("SELECT name, n FROM counters").fetchall())
         return QueueTelemetry(
             inbox=totals["inbox"],
             outbox=totals["outbox"],
             dead_letters=totals["dead_letters"],
-            dropped=dict(sorted((counters + self._uncounted).items())),
+            dropped=dict(sorted((dropped + self._uncounted).items())),
+            escalations_pending=totals["escalations"],
+            escalations=outcomes,
             timestamp_ms=now_ms(),
         )
 
@@ -375,8 +380,7 @@ class Spool:
 
     def _remove(self, db: sqlite3.Connection, inbox_id: int, row: InboxRow) -> None:
         db.execute("DELETE FROM inbox WHERE id = ?", (inbox_id,))
-        newest = db.execute("INSERT OR REPLACE INTO answered (task, event_id) VALUES (?, ?)", row[:2]).lastrowid or 0
-        db.execute("DELETE FROM answered WHERE id <= ?", (newest - self._settings.answered_ids_max,))
+        remember(db, row[:2], self._settings.answered_ids_max)
 
     def _insert_letter(
         self, db: sqlite3.Connection, event: LetterEvent, error: EdgeError, message: OutboundMessage | None
@@ -392,7 +396,3 @@ class Spool:
     def _enqueue(self, db: sqlite3.Connection, message: OutboundMessage) -> None:
         enqueue(db, message, self._settings.outbox_max_bytes)
         self.outbox_changed.set()
-
-
-def _steady_ms() -> int:
-    return round(time.monotonic() * 1000)
