@@ -146,7 +146,7 @@ class Spool:
         return Accepted
 
     def next_event(self) -> InboxEvent | None:
-        """Lease the next event that nobody works on, until it is answered, buried or given back; None: there is none."""
+        """Lease the next event that nobody works on, until it is answered, buried or given back, or None."""
         with self._store.reading() as db:
             event = next(waiting_events(db, self._leased), None)
             self._leased.update([event.inbox_id] if event else [])
