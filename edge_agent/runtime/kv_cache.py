@@ -88,6 +88,10 @@ class KvCache:
         head_rows: tokens that the head scores.
         rows: sequences; more than one only where the graph takes ``score_at``.
 
+    Attributes:
+        length: positions of row 0 that count for `forward` and `append`.
+        passes: that were run so far.
+
     Raises:
         PermanentError: ``worker.out_of_memory``.
     """
@@ -106,6 +110,7 @@ class KvCache:
         self.capacity_tokens = capacity_tokens
         self.rows = rows
         self.length = 0
+        self.passes = 0
         self.scores_many = bool(spec.score_at)
         self._session = session
         self._spec = spec
@@ -255,6 +260,7 @@ class KvCache:
             bind(binding, "output", "logits", self._logits, (scores, 1, self._logits.shape[2]))
         else:
             bind(binding, "output", "hidden", self._head.hidden, (scores, 1, self._head.hidden.shape[2]))
+        self.passes += 1
         # A pass that fails half-way has written only behind what counts, where the next one writes again.
         mapped("running the model", lambda: self._session.run_with_iobinding(binding, self._run_options))
 
