@@ -21,7 +21,8 @@ from export.proof.isotonic import fit_knots, helpful_knots, log_loss
 from export.proof.measure import THREADS
 from export.proof.reliability import Pair, expected_calibration_error
 from export.reference.bundle_build import BUNDLE, CALIBRATION_SEED, TASK_FOLDER
-from export.reference.generator import Split, generate
+from export.reference.generator import generate
+from export.reference.vocabulary import Split
 from export.tasks import TASK_NAME
 
 OTHERS: tuple[tuple[Split, int], ...] = (("validation", 31), ("test", 1))
