@@ -79,8 +79,14 @@ def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> De
     )
 
 
-_Outcome = tuple[Decision, TaskSpec] | EdgeError
-"""What became of an event that was taken: a decision of its task, or the fault that kept it from one."""
+_Outcome = tuple[Decision, TaskSpec, bool] | EdgeError
+"""What became of an event that was taken: a decision of its task and whether the device's guess is worth asking
+somebody about, or the fault that kept it from a decision."""
+
+
+def _decided(row: InboxEvent, answer: Answer, model: ModelRef, task: TaskSpec) -> _Outcome:
+    # Below a field's lowest floor the answer is not even a hint, and no escalation is spent on it.
+    return decision_of(answer, row.task, row.event_id, model), task, not answer.hopeless_fields
 
 
 class Answering:
@@ -120,7 +126,7 @@ class Answering:
         self._found: deque[tuple[InboxEvent, _Outcome]] = deque()
         self._escalation = escalation
         self._aside: dict[int, float] = {}  # inbox id -> when it comes back
-        self._unwritten: tuple[InboxEvent, Decision, TaskSpec] | None = None
+        self._unwritten: tuple[InboxEvent, Decision, TaskSpec, bool] | None = None
         self._waits_for: str | None = None
 
     def step(self) -> Step:
@@ -210,7 +216,7 @@ class Answering:
         except EdgeError as error:
             return error
         self._batch_size.learn(1, self._clock() - began_s)
-        return decision_of(answer, row.task, row.event_id, model), task
+        return _decided(row, answer, model, task)
 
     def _ask_many(self, asked: Sequence[tuple[InboxEvent, Event]], task: TaskSpec) -> list[tuple[InboxEvent, _Outcome]]:
         began_s = self._clock()
@@ -228,14 +234,16 @@ class Answering:
             return []
         self._batch_size.learn(len(rows), self._clock() - began_s)
         return [
-            (row, one if isinstance(one, EdgeError) else (decision_of(one, row.task, row.event_id, model), task))
+            (row, one if isinstance(one, EdgeError) else _decided(row, one, model, task))
             for row, one in zip(rows, answers, strict=True)
         ]
 
-    def _publish(self, row: InboxEvent, decision: Decision, task: TaskSpec) -> Step:
+    def _publish(self, row: InboxEvent, decision: Decision, task: TaskSpec, is_worth_asking: bool) -> Step:  # noqa: FBT001
         # Kept until it is written: on a full disk the same decision is tried again, and nothing is inferred anew.
-        self._unwritten = (row, decision, task)
-        final = decision if self._escalation is None else self._escalation.begin(row, decision, task)
+        self._unwritten = (row, decision, task, is_worth_asking)
+        final: Decision | None = decision
+        if self._escalation is not None and is_worth_asking:
+            final = self._escalation.begin(row, decision, task)
         if final is not None:
             message = decision_message(final, self._node.decision_topic_for(row.task), self._topics)
             if final.escalation is None:

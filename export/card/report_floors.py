@@ -26,7 +26,7 @@ def floors_section(measured: Mapping[str, Any], chosen: Mapping[str, Any]) -> st
     if not rows:
         return ""
     head = ["field", "asked: wrong at most", "floor", "passing", "wrong of these", "on"]
-    return element("h3", "Floors") + element("p", text(_NOTE)) + table(head, rows)
+    return element("p", element("strong", "Floors."), text(f" {_NOTE}")) + table(head, rows)
 
 
 def floor_marks(measured: Mapping[str, Any]) -> dict[str, Point]:

@@ -225,6 +225,23 @@ def test_floor_is_chosen_where_the_target_can_be_kept_and_told_impossible_where_
     assert "kind" not in answer.unsure_fields
 
 
+def test_a_task_without_a_target_does_not_wait_for_the_floors_of_its_neighbour(
+    make_bundle: Build, task_folder: Path, tmp_path: Path
+) -> None:
+    first = asking(task_folder, tmp_path / "first", "{kind: {max_wrong: 0.1}}")
+    second = asking(task_folder, tmp_path / "second", "{urgent: {max_wrong: 0.1}}")
+    third = asking(task_folder, tmp_path / "third", "{kind: 0.5}")
+    for name, folder in (("twin", second), ("plain", third)):
+        (folder / "task.yaml").write_text((folder / "task.yaml").read_text().replace("name: sort", f"name: {name}"))
+    data = {"sort": first / "labelled.jsonl", "twin": second / "labelled.jsonl"}
+    make_bundle(tmp_path / "bundle", tasks=(first, second, third), measurement=Measurement(calibrate_on=data))
+    stored = {
+        name: json.loads((tmp_path / f"bundle/tasks/{name}/calibration.json").read_text()) for name in ("sort", "twin")
+    }
+    assert stored["sort"]["floors"]["kind"]["wrong"] == stored["twin"]["floors"]["urgent"]["wrong"] == 0
+    assert not (tmp_path / "bundle/tasks/plain/calibration.json").exists()
+
+
 def test_target_without_labelled_events_is_refused_even_with_a_calibration_from_elsewhere(
     make_bundle: Build, task_folder: Path, tmp_path: Path
 ) -> None:

@@ -668,7 +668,8 @@ def test_a_floor_is_ringed_in_the_plot_where_its_coverage_and_errors_are() -> No
 def test_without_a_threshold_the_card_says_nothing_of_floors() -> None:
     without = report(quality={"sort": {"int4": figures(floors={})}})
     del without["floors"]
-    assert "Floors" not in [plain(node) for node in page(without).iter("h3")]
+    assert [plain(node) for node in page(report()).iter("strong")] == ["Floors."]
+    assert not list(page(without).iter("strong"))
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

@@ -342,3 +342,13 @@ def test_a_fault_is_an_edge_error_with_a_code_wherever_it_ends_up(asking: Bench,
     assert asking.ends() == [("abstained", "failed")]
     assert asking.decisions()[0]["escalation"]["reason"] == "escalation.http_error"
     assert issubclass(PermanentError, EdgeError)
+
+
+def test_no_question_is_spent_on_an_answer_below_its_lowest_floor(tmp_path: Path, server: ChatServer) -> None:
+    hopeless = Answer(**{**UNSURE.as_dict(), "hopeless_fields": ("severity",)})
+    bench = Bench(tmp_path, answer=hopeless, base_url=server.url, model="large")
+    bench.answer()
+    [decision] = bench.decisions()
+    assert (decision["route"], decision["unsure_fields"]) == ("abstained", ["severity"])
+    assert (bench.spool.counts().escalations_pending, server.asked) == (0, [])
+    bench.close()
