@@ -17,13 +17,17 @@ class Answer:
     Args:
         decision: schema-valid answer, after guards.
         confidence: probability that the model gave to its own value of each field, 0..1 (before guards).
-        route: ``abstained`` when a field is unsure, ``rule`` when a guard changed a confident answer, else ``device``.
+        route: ``abstained`` when a field is unsure, ``rule`` when a guard or a veto changed a confident answer,
+            else ``device``.
         unsure_fields: fields whose confidence is below the task's threshold; their values are a best guess.
         guards: names of the guards that changed the decision.
         truncated: whether any of the event's text had to be cut.
         passes: forward passes through the model.
         tokens_out: tokens of the answer, chosen and forced.
         latency_ms: from event to answer, inside the process that ran the model.
+        specialist: the task that the event was handed to; its values and confidences are in place of the router's.
+        vetoed: the check that overruled the decision; with a colon and the reason where it could not be asked or was
+            unsure.
     """
 
     decision: dict[str, Any]
@@ -35,6 +39,8 @@ class Answer:
     passes: int
     tokens_out: int
     latency_ms: float
+    specialist: str | None = None
+    vetoed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The form that crosses the process boundary."""

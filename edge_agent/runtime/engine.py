@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import ModelRef, Route
+from edge_agent.contract.messages import ModelRef
+from edge_agent.contract.routing import check_routing
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.confidence import load_temperatures
-from edge_agent.runtime.decoder import Decoded, decode
+from edge_agent.runtime.decoder import decode
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import AnswerPlan, compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.prompt import event_prompt
+from edge_agent.runtime.routing import OwnAnswer
+from edge_agent.runtime.routing import decide as decide_routed
 from edge_agent.runtime.session import KvCache, ModelSession, check_runtime, resolve_threads
 from edge_agent.runtime.static_session import StaticCache, StaticSession
 
@@ -68,6 +71,7 @@ class Engine:
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
         self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}
+        check_routing(self.tasks)
         self._load_s = time.monotonic() - started_s
 
     @property
@@ -114,7 +118,7 @@ class Engine:
         return list(self.prepared(task).golden)
 
     def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
-        """Decide one event.
+        """Decide one event, with the specialist and the check that the task declares.
 
         Args:
             task: one of `tasks`.
@@ -129,11 +133,7 @@ class Engine:
             PermanentError: ``worker.deadline``, ``worker.bad_logits``, ``worker.out_of_memory``, ``worker.inference``.
         """
         started_s = time.monotonic()
-        prepared = self.prepared(task)
-        prompt = event_prompt(prepared.spec, event, self._encoder.encode)
-        prepared.cache.rewind(prepared.prefix_tokens)
-        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, started_s + deadline_s)
-        return _conclude(prepared.spec, event, decoded, truncated=prompt.truncated, started_s=started_s)
+        return decide_routed(self._answer, task, event, started_s=started_s, deadline_at_s=started_s + deadline_s)
 
     def encode_event(self, task: str, event: Event) -> list[int]:
         """Token ids of a rendered event, as `decide` would feed them."""
@@ -142,6 +142,13 @@ class Engine:
     def encode_prefix(self, task: str) -> list[int]:
         """Token ids of a task's prefix, which every cache of the task begins with."""
         return self._prefix(self.prepared(task).spec)
+
+    def _answer(self, task: str, event: Event, deadline_at_s: float) -> OwnAnswer:
+        prepared = self.prepared(task)
+        prompt = event_prompt(prepared.spec, event, self._encoder.encode)
+        prepared.cache.rewind(prepared.prefix_tokens)
+        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, deadline_at_s)
+        return OwnAnswer(prepared.spec, decoded, prompt.truncated)
 
     def _prepare(self, name: str) -> PreparedTask:
         folder = self.bundle.path / "tasks" / name
@@ -186,24 +193,3 @@ def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | Static
         check_runtime(manifest)
         return StaticSession(bundle.path, manifest.model, manifest.target, threads)
     return ModelSession(bundle.path, manifest, threads)
-
-
-def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:
-    unsure = tuple(name for name, floor in task.thresholds.items() if decoded.confidence[name] < floor)
-    decision, guards = task.apply_guards(event, dict(decoded.values))
-    problems = task.check_decision(decision)
-    if problems:
-        # Cannot happen by construction; a decision that reaches a machine is checked all the same.
-        raise PermanentError("worker.invalid_answer", "; ".join(problems))
-    route: Route = "abstained" if unsure else ("rule" if guards else "device")
-    return Answer(
-        decision=decision,
-        confidence=decoded.confidence,
-        route=route,
-        unsure_fields=unsure,
-        guards=tuple(guards),
-        truncated=truncated,
-        passes=decoded.passes,
-        tokens_out=len(decoded.tokens),
-        latency_ms=(time.monotonic() - started_s) * 1000,
-    )
