@@ -11,6 +11,7 @@ from edge_agent.contract.messages import ModelRef
 from edge_agent.contract.routing import check_routing
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import PermanentError, RefusedError
+from edge_agent.runtime.adapter import task_adapter
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.confidence import load_temperatures
@@ -57,7 +58,8 @@ class Engine:
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
-        PermanentError: ``bundle.unsupported``, ``task.*``, ``worker.out_of_memory``, ``worker.bad_logits``.
+        PermanentError: ``bundle.unsupported``, ``adapter.invalid``, ``task.*``, ``worker.out_of_memory``,
+            ``worker.bad_logits``.
     """
 
     def __init__(self, bundle: VerifiedBundle, threads: int = 0) -> None:
@@ -165,13 +167,19 @@ class Engine:
                 f"task {name!r} may need {capacity} tokens (prefix {len(prefix)}, event "
                 f"{spec.limits.max_prompt_tokens}, answer {plan.max_tokens}); the model has {limit}",
             )
-        cache = self._session.new_cache(capacity)
+        cache = self._new_cache(name, capacity)
         cache.forward(prefix)
         golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
         # Only listed files were verified, so only they are read.
         golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
         temperatures = load_temperatures(calibration_file, spec) if self._is_listed(calibration_file) else {}
         return PreparedTask(spec, plan, temperatures, cache, len(prefix), golden)
+
+    def _new_cache(self, task: str, capacity_tokens: int) -> KvCache | StaticCache:
+        if isinstance(self._session, StaticSession):  # has no adapters: the manifest could not say so
+            return self._session.new_cache(capacity_tokens)
+        arrays = task_adapter(self.bundle.path, self.bundle.manifest.model, task)
+        return self._session.new_cache(capacity_tokens, self._session.load_adapter(arrays) if arrays else None)
 
     def _prefix(self, spec: TaskSpec) -> list[int]:
         bos = self.bundle.manifest.model.bos_token_id

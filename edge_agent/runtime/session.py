@@ -8,7 +8,7 @@ cached prompt prefix is a length to return to.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edge_agent.contract.manifest import Manifest, ModelSpec
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError
+from edge_agent.runtime.adapter import Arrays, adapter_feeds
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.providers import CACHE_DEVICES, DYNAMIC, PROVIDERS, check_loaded, use_provider
 
@@ -53,6 +54,8 @@ _CORRUPT_WORDS = (
 )
 
 Logits = NDArray[np.float32]
+Adapter = Mapping[str, Any]
+"""Every adapter input of a graph as an OrtValue: made once a task, bound by each of its caches."""
 
 
 def resolve_threads(threads: int) -> int:
@@ -101,15 +104,35 @@ class ModelSession:
         head_ids = bundle / self.spec.head_ids if self.spec.head_ids else None
         self._rows = len(read_head_rows(self.spec.vocab_size, head_ids))
         _check_interface(self._decoder, self._head, self.spec, self._rows)
+        self._no_adapter = self.load_adapter({})
 
-    def new_cache(self, capacity_tokens: int) -> KvCache:
+    def load_adapter(self, arrays: Arrays) -> Adapter:
+        """A task's matrices where the graph reads them.
+
+        Args:
+            arrays: of `edge_agent.runtime.adapter.task_adapter`; what is missing has rank 0.
+
+        Raises:
+            PermanentError: ``adapter.invalid``, ``worker.out_of_memory``.
+        """
+        shapes = {value.name: value.shape for value in self._decoder.get_inputs()}
+        device = CACHE_DEVICES.get(self.providers[0], "cpu")
+        feeds = adapter_feeds(self.spec.adapter_inputs or (), shapes, arrays)
+        return {name: _on_device(matrix, device) for name, matrix in feeds.items()}
+
+    def new_cache(self, capacity_tokens: int, adapter: Adapter | None = None) -> KvCache:
         """Allocate a cache for at most ``capacity_tokens`` positions.
+
+        Args:
+            capacity_tokens: most positions.
+            adapter: of `load_adapter`; None: the shared weights as they are.
 
         Raises:
             PermanentError: ``worker.out_of_memory``.
         """
         head = _Head(self._head, self._rows) if self._head else None
-        return KvCache(self._decoder, self.spec, capacity_tokens, self._rows, head)
+        bound = self._no_adapter if adapter is None else adapter
+        return KvCache(self._decoder, self.spec, capacity_tokens, self._rows, head, bound)
 
 
 class _Head:
@@ -143,9 +166,12 @@ class KvCache:
         capacity_tokens: most positions it can hold.
         rows: tokens that the head scores.
         head: the head, where it is apart.
+        adapter: bound for good: a cache holds keys and values of one task's weights.
     """
 
-    def __init__(self, session: Any, spec: ModelSpec, capacity_tokens: int, rows: int, head: _Head | None) -> None:
+    def __init__(
+        self, session: Any, spec: ModelSpec, capacity_tokens: int, rows: int, head: _Head | None, adapter: Adapter
+    ) -> None:
         self.capacity_tokens = capacity_tokens
         self.length = 0
         self._session = session
@@ -169,6 +195,9 @@ class KvCache:
         for name, buffer in zip(names, self._buffers, strict=True):
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             self._binding.bind_ortvalue_output(f"present.{name}", buffer)
+        self._adapter = adapter  # the binding does not keep them alive
+        for name, matrix in adapter.items():
+            self._binding.bind_ortvalue_input(name, matrix)
         if self._counts is not None:
             _bind(self._binding, "input", "query_seqlens", self._counts, (1,))
         if head is None:
@@ -291,7 +320,8 @@ def _check_interface(decoder: Any, head: Any, spec: ModelSpec, rows: int) -> Non
     halves = [f"{layer}.{half}" for layer in range(spec.num_layers) for half in ("key", "value")]
     result = "logits" if head is None else "hidden"
     ragged = {"query_seqlens"} if spec.ragged else set()
-    expected_inputs = {"input_ids", "attention_mask", *ragged, *(f"past_key_values.{h}" for h in halves)}
+    adapters = {f"{name}.{side}" for name in spec.adapter_inputs or () for side in "AB"}
+    expected_inputs = {"input_ids", "attention_mask", *ragged, *adapters, *(f"past_key_values.{h}" for h in halves)}
     _check_names(decoder, expected_inputs, {result, *(f"present.{h}" for h in halves)})
     _check_axes(decoder, {f"past_key_values.{h}": {1: spec.num_kv_heads, 3: spec.head_dim} for h in halves})
     wanted = {"logits": {1: 1, 2: rows}}

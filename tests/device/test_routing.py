@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from edge_agent.answering import decision_of
+from edge_agent.contract.event import Event
 from edge_agent.contract.messages import Decision
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.engine import Engine
@@ -17,8 +18,8 @@ from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 from tests.fakes.bundles import BundleVariant
 
-HYDRAULIC = {"machine": "press-4", "code": "E217", "text": "hydraulic pressure below setpoint for 12 s"}
-ELECTRICAL = {"machine": "press-4", "code": "E301", "text": "motor overload trip, phase current 180 %"}
+HYDRAULIC: Event = {"machine": "press-4", "code": "E217", "text": "hydraulic pressure below setpoint for 12 s"}
+ELECTRICAL: Event = {"machine": "press-4", "code": "E301", "text": "motor overload trip, phase current 180 %"}
 CALM = {"safe": {"type": "boolean"}}
 
 
