@@ -21,7 +21,7 @@ def peft_config(modules: tuple[str, ...] = MODULES, **changes: Any) -> dict[str,
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
-        "base_model_name_or_path": "/home/somebody/checkpoint",
+        "base_model_name_or_path": "somebody/base-model",
         "bias": "none",
         "corda_config": None,
         "eva_config": None,
