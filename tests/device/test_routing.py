@@ -102,9 +102,12 @@ def worker(routed: Callable[..., BundleVariant], worker_settings: WorkerSettings
     process.stop()
 
 
-def test_the_way_of_an_answer_crosses_the_process_and_reaches_the_payload(worker: WorkerProcess) -> None:
+def test_the_way_of_an_answer_crosses_the_process_and_reaches_the_payload(
+    worker: WorkerProcess, engine: Engine
+) -> None:
     answer = worker.decide("triage", HYDRAULIC, 60.0)
-    assert (answer.specialist, answer.vetoed) == ("fluids", "check")
+    payload = json.loads(decision_of(answer, "triage", "e1", engine.model_ref).model_dump_json())
+    assert (payload["specialist"], payload["vetoed"]) == ("fluids", "check")
 
 
 def test_a_payload_without_routing_looks_as_it_did_before_there_was_any(engine: Engine) -> None:

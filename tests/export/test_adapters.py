@@ -210,6 +210,7 @@ def test_the_bundle_says_what_it_holds(precision: str, adapted: Path, plain: Pat
     assert len(names) == 2 * 4
     report = json.loads((adapted / "report.json").read_text())
     assert report["adapters"]["expert"]["rank"] == 4
+    assert "Adapter of expert" in (adapted / "report.html").read_text()
     before, after = ((bundle / manifest.model.decoder).stat().st_size for bundle in (plain, adapted))
     assert after - before < 20_000  # branches and no weights
 
