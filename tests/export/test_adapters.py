@@ -278,6 +278,31 @@ def test_an_adapter_of_a_task_that_is_not_in_the_bundle_is_refused() -> None:
         )
 
 
+def test_a_router_hands_its_events_to_an_adapter(
+    make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "router").mkdir()
+    everything = "handoff: [{when: {urgent: [true, false]}, to: expert}]\n"
+    (tmp_path / "router" / "task.yaml").write_text((tasks[0] / "task.yaml").read_text() + everything)
+    make_bundle(tmp_path / "bundle", tasks=(tmp_path / "router", tasks[1]), adapters={"expert": adapter})
+    engine = engine_on(tmp_path / "bundle")
+    routed = answers(engine, "sort")
+    assert {answer.specialist for answer in routed} == {"expert"}
+    assert said(routed) == said(answers(engine, "expert"))
+
+
+def test_a_router_without_its_specialist_is_refused_before_anything_is_built(
+    make_bundle: Build, tmp_path: Path
+) -> None:
+    (tmp_path / "router").mkdir()
+    lonely = "handoff: [{when: {urgent: [true]}, to: expert}]\n"
+    (tmp_path / "router" / "task.yaml").write_text(TASK + lonely)
+    with pytest.raises(EdgeError) as caught:
+        make_bundle(tmp_path / "bundle", tasks=(tmp_path / "router",))
+    assert caught.value.code == "task.routing_invalid"
+    assert [path.name for path in tmp_path.iterdir()] == ["router"]
+
+
 @pytest.mark.parametrize("options", [GraphOptions(head="split", ragged=True)], ids=["split+ragged"])
 def test_adapters_go_with_other_graph_options(
     options: GraphOptions, make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
