@@ -74,6 +74,8 @@ def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> De
         unsure_fields=answer.unsure_fields,
         guards=answer.guards,
         truncated=answer.truncated,
+        specialist=answer.specialist,
+        vetoed=answer.vetoed,
         latency_ms=round(answer.latency_ms, 2),
         timestamp_ms=now_ms(),
     )
@@ -259,6 +261,8 @@ class Answering:
             route=decision.route,
             latency_ms=decision.latency_ms,
             guards=decision.guards or None,
+            specialist=decision.specialist,
+            vetoed=decision.vetoed,
         )
         return Step.ANSWERED
 

@@ -146,6 +146,9 @@ def plan(
         Step("reference", "record what transformers answers", recording_bytes, TORCH_BYTES + fp32_bytes),
         Step("fuse", "fused fp32 graph, held against the recording", fp32_bytes, TORCH_BYTES + 3 * fp32_bytes),
     ]
+    if request.adapters:
+        does = f"{len(request.adapters)} adapter(s), held against merged weights"
+        steps.append(Step("adapt", does, 2 * fp32_bytes, TORCH_BYTES + 3 * fp32_bytes))
     if request.sweep_s is not None:
         steps.append(Step("sweep", f"combinations for {request.sweep_s:.0f} s", 0, TORCH_BYTES + 4 * fp32_bytes))
     if board.source == "portable":

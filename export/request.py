@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +139,7 @@ class BuildRequest:
         max_context_tokens: longest text; rotary tables are cut to it.
         measurement: labelled events and figures.
         elsewhere: interpreters of other machines that prove the bundle.
+        adapters: folders of LoRA adapters, as PEFT writes them, by task.
     """
 
     checkpoint: Path
@@ -155,6 +157,7 @@ class BuildRequest:
     max_context_tokens: int = 2048
     measurement: Measurement = field(default_factory=Measurement)
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def check_options(request: BuildRequest, board: Board) -> None:
@@ -177,9 +180,26 @@ def check_options(request: BuildRequest, board: Board) -> None:
         )
     if request.measurement.isotonic and not request.measurement.calibrate_on:
         raise RefusedError("export.usage", "--isotonic needs --calibrate-on: a line is drawn through labelled events")
+    if request.adapters:
+        _check_adapters(request, board)
     for file in (*request.graph.vocabulary, *request.graph.vocab_heldout):
         if not file.is_file():
             raise PermanentError("export.data_unreadable", f"cannot read {file}: no such file")
+
+
+def _check_adapters(request: BuildRequest, board: Board) -> None:
+    """Refuse what measures the shared weights and would be wrong for a task that adds to them."""
+    unsuitable = {
+        f"{board.name} has static graphs, which take no adapter": board.source == "portable",
+        f"{board.name} computes in float16, whose range was measured without adapters": board.activations == "float16",
+        "--kv int8 scales caches by what the shared weights bring forth": request.graph.kv == "int8",
+        "--sweep scores the shared weights only": request.sweep_s is not None,
+        "--drop-layers and --distil-into change the weights that the adapter was trained on": request.shrinking
+        is not None,
+    }
+    for reason, holds in unsuitable.items():
+        if holds:
+            raise RefusedError("export.option_unsuitable", f"--adapter: {reason}")
 
 
 def read_quality(path: Path) -> dict[str, Any]:

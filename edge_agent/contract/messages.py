@@ -30,6 +30,10 @@ class _Payload(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class ModelRef(_Payload):
     """Which model answered."""
 
@@ -39,7 +43,10 @@ class ModelRef(_Payload):
 
 
 class Decision(_Payload):
-    """What the device decided about one event: the data of the CloudEvents message."""
+    """What the device decided about one event: the data of the CloudEvents message.
+
+    ``specialist`` and ``vetoed`` are left out where there is nothing to say, as they were before there was routing.
+    """
 
     schema_version: Literal[1] = 1
     decision_id: str
@@ -52,6 +59,8 @@ class Decision(_Payload):
     unsure_fields: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
     truncated: bool = False
+    specialist: str | None = Field(default=None, exclude_if=_is_none)
+    vetoed: str | None = Field(default=None, exclude_if=_is_none)
     latency_ms: float
     timestamp_ms: int
     # Left out where there was none: such a decision looks as it did before there were escalations.

@@ -17,6 +17,7 @@ from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import Guard, enforce
 from edge_agent.contract.output import Identifier, OutputField, accepts, parse_output_schema
+from edge_agent.contract.routing import Handoff, Veto, check_effects
 from edge_agent.contract.thresholds import Threshold
 from edge_agent.errors import PermanentError, RefusedError
 
@@ -87,6 +88,8 @@ class TaskSpec(_Model):
     cache: bool = Field(default=True, description="answer an event that was answered before from memory")
     guards: tuple[Guard, ...] = ()
     escalation: EscalationSpec | None = Field(default=None, description="absent: unsure answers stay on the device")
+    handoff: tuple[Handoff, ...] = ()
+    veto: Veto | None = None
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -95,12 +98,9 @@ class TaskSpec(_Model):
             if name not in fields:
                 raise ValueError(f"threshold for unknown field {name!r}")
         for guard in self.guards:
-            for name, effect in guard.then.items():
-                if name not in fields:
-                    raise ValueError(f"guard {guard.name!r} sets unknown field {name!r}")
-                wanted = effect.equals if effect.at_least is None else effect.at_least
-                if not accepts(fields[name], wanted):
-                    raise ValueError(f"guard {guard.name!r}: {wanted!r} is not a value of {name!r}")
+            check_effects(f"guard {guard.name!r}", fields, guard.then)
+        if self.veto is not None:
+            check_effects("the veto", fields, self.veto.then)
         return self
 
     @cached_property

@@ -17,7 +17,8 @@ class Answer:
     Args:
         decision: schema-valid answer, after guards.
         confidence: probability that the model gave to its own value of each field, 0..1 (before guards).
-        route: ``abstained`` when a field is unsure, ``rule`` when a guard changed a confident answer, else ``device``.
+        route: ``abstained`` when a field is unsure, ``rule`` when a guard or a veto changed a confident answer,
+            else ``device``.
         unsure_fields: fields whose confidence is below the task's threshold; their values are a best guess.
         hopeless_fields: those of them below the task's ``abstain`` floor: no hint, and not worth an escalation.
         guards: names of the guards that changed the decision.
@@ -25,6 +26,9 @@ class Answer:
         passes: forward passes through the model.
         tokens_out: tokens of the answer, chosen and forced.
         latency_ms: from event to answer, inside the process that ran the model.
+        specialist: the task that the event was handed to; its values and confidences are in place of the router's.
+        vetoed: the check that overruled the decision; with a colon and the reason where it could not be asked or was
+            unsure.
     """
 
     decision: dict[str, Any]
@@ -37,6 +41,8 @@ class Answer:
     tokens_out: int
     latency_ms: float
     hopeless_fields: tuple[str, ...] = ()
+    specialist: str | None = None
+    vetoed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The form that crosses the process boundary."""

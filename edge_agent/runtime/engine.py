@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import ModelRef, Route
+from edge_agent.contract.messages import ModelRef
+from edge_agent.contract.routing import check_routing
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import EdgeError, PermanentError, RefusedError
+from edge_agent.runtime.adapter import task_adapter
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.calibration import load_calibration
-from edge_agent.runtime.decoder import Decoded
 from edge_agent.runtime.drafts import PassCost
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import compile_plan
@@ -24,7 +24,9 @@ from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
 from edge_agent.runtime.prepared import PreparedTask, Question
-from edge_agent.runtime.prompt import cut_by_template, event_prompt, rendered_event
+from edge_agent.runtime.prompt import EventPrompt, cut_by_template, event_prompt, rendered_event
+from edge_agent.runtime.routing import OwnAnswer
+from edge_agent.runtime.routing import decide as decide_routed
 from edge_agent.runtime.session import ModelSession, check_runtime, resolve_threads
 from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache, StaticSession
@@ -40,7 +42,8 @@ class Engine:
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
-        PermanentError: ``bundle.unsupported``, ``task.*``, ``worker.out_of_memory``, ``worker.bad_logits``.
+        PermanentError: ``bundle.unsupported``, ``adapter.invalid``, ``task.*``, ``worker.out_of_memory``,
+            ``worker.bad_logits``.
     """
 
     def __init__(self, bundle: VerifiedBundle, threads: int = 0, speed: Speed = Speed()) -> None:  # noqa: B008 - frozen
@@ -57,6 +60,7 @@ class Engine:
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
         self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}
+        check_routing(self.tasks)
         self._load_s = time.monotonic() - started_s
 
     @property
@@ -104,7 +108,7 @@ class Engine:
         return list(self.prepared(task).golden)
 
     def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
-        """Decide one event.
+        """Decide one event, with the specialist and the check that the task declares.
 
         Args:
             task: one of `tasks`.
@@ -140,35 +144,54 @@ class Engine:
             RefusedError: ``task.unknown``.
         """
         started_s = time.monotonic()
+        deadline_at_s = started_s + deadline_s
+        found: list[Answer | EdgeError] = []
+        for event, own in zip(events, self._own_answers(task, events, deadline_at_s), strict=True):
+            try:
+                if isinstance(own, EdgeError):
+                    raise own
+                found.append(
+                    decide_routed(self._own_answer, own, event, started_s=started_s, deadline_at_s=deadline_at_s)
+                )
+            except EdgeError as error:
+                found.append(error)
+        return found
+
+    def _own_answer(self, task: str, event: Event, deadline_at_s: float) -> OwnAnswer:
+        (own,) = self._own_answers(task, [event], deadline_at_s)
+        if isinstance(own, EdgeError):
+            raise own
+        return own
+
+    def _own_answers(self, task: str, events: Sequence[Event], deadline_at_s: float) -> list[OwnAnswer | EdgeError]:
+        """What one task's model says of events, each by itself: from memory, or in passes that they share."""
         prepared = self.prepared(task)
-        found: list[Answer | EdgeError | None] = [None] * len(events)
-        waiting: list[tuple[int, _Asked]] = []
+        found: dict[int, OwnAnswer | EdgeError] = {}
+        waiting: list[tuple[int, str, EventPrompt]] = []
         for place, event in enumerate(events):
             try:
-                asked = self._ask(prepared, event)
-                known = prepared.answers.get(asked.rendered)
+                rendered = rendered_event(prepared.spec, event)
+                known = prepared.answers.get(rendered)
                 if known is None:
-                    waiting.append((place, asked))
+                    prompt = event_prompt(prepared.spec, event, self._encoder.encode, rendered)
+                    waiting.append((place, rendered, prompt))
                 else:
-                    found[place] = _conclude(prepared, asked, known, started_s, route="cache")
+                    truncated = cut_by_template(prepared.spec, event)
+                    found[place] = OwnAnswer(prepared.spec, prepared.calibration, known, truncated, is_known=True)
             except EdgeError as error:
                 found[place] = error
-        rows = prepared.rows
-        for first in range(0, len(waiting), rows):
-            together = waiting[first : first + rows]
-            questions = [Question(asked.prompt, started_s + deadline_s) for _, asked in together]
-            with self._session.limit.until(started_s + deadline_s):
-                decodeds = prepared.decode(questions)
-            for (place, asked), decoded in zip(together, decodeds, strict=True):
-                found[place] = _answered(prepared, asked, decoded, started_s)
-        return [one for one in found if one is not None]
-
-    def _ask(self, prepared: PreparedTask, event: Event) -> _Asked:
-        rendered = rendered_event(prepared.spec, event)
-        if rendered in prepared.answers:
-            return _Asked(event, rendered, [], truncated=cut_by_template(prepared.spec, event), is_whole=True)
-        prompt = event_prompt(prepared.spec, event, self._encoder.encode, rendered)
-        return _Asked(event, rendered, prompt.ids, truncated=prompt.truncated, is_whole=not prompt.shortened)
+        for first in range(0, len(waiting), prepared.rows):
+            together = waiting[first : first + prepared.rows]
+            with self._session.limit.until(deadline_at_s):
+                decoded = prepared.decode([Question(prompt.ids, deadline_at_s) for _, _, prompt in together])
+            for (place, rendered, prompt), one in zip(together, decoded, strict=True):
+                if isinstance(one, EdgeError):
+                    found[place] = one
+                    continue
+                if not prompt.shortened:  # else the rendered text does not tell all that the model saw
+                    prepared.answers.put(rendered, one)
+                found[place] = OwnAnswer(prepared.spec, prepared.calibration, one, prompt.truncated)
+        return [found[place] for place in range(len(events))]
 
     def encode_event(self, task: str, event: Event) -> list[int]:
         """Token ids of a rendered event, as `decide` would feed them."""
@@ -193,19 +216,13 @@ class Engine:
                 f"task {name!r} may need {capacity} tokens (prefix {len(prefix)}, event "
                 f"{spec.limits.max_prompt_tokens}, answer {plan.max_tokens}); the model has {limit}",
             )
-        cache = self._new_cache(capacity)
+        cache = self._new_cache(name, capacity)
         self._fill(cache, name, prefix)
         golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
         # Only listed files were verified, so only they are read.
         golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
         calibration = load_calibration(calibration_file if self._is_listed(calibration_file) else None, spec)
         return PreparedTask(spec, plan, calibration, cache, tuple(prefix), golden, self._speed, self._cost)
-
-    def _new_cache(self, capacity_tokens: int) -> KvCache | StaticCache:
-        if isinstance(self._session, StaticSession):
-            return self._session.new_cache(capacity_tokens)
-        rows = self._speed.together if self._session.spec.score_at else 1
-        return self._session.new_cache(capacity_tokens, rows)
 
     def _fill(self, cache: KvCache | StaticCache, task: str, prefix: list[int]) -> None:
         """Bring the prefix into the cache: from the disk where its state was kept, else by a pass."""
@@ -221,6 +238,14 @@ class Engine:
             cache.write(0, 0, state)
             cache.length = len(prefix)
         cache.spread(len(prefix))
+
+    def _new_cache(self, task: str, capacity_tokens: int) -> KvCache | StaticCache:
+        if isinstance(self._session, StaticSession):  # has no adapters: the manifest could not say so
+            return self._session.new_cache(capacity_tokens)
+        arrays = task_adapter(self.bundle.path, self.bundle.manifest.model, task)
+        adapter = self._session.load_adapter(arrays) if arrays else None
+        rows = self._speed.together if self._session.spec.score_at else 1
+        return self._session.new_cache(capacity_tokens, rows, adapter)
 
     def _prefix(self, spec: TaskSpec) -> list[int]:
         bos = self.bundle.manifest.model.bos_token_id
@@ -242,60 +267,3 @@ def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | Static
         check_runtime(manifest)
         return StaticSession(bundle.path, manifest.model, manifest.target, threads)
     return ModelSession(bundle.path, manifest, threads)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """An event with what is asked of the model.
-
-    Args:
-        event: as it came.
-        rendered: what the template shows of it.
-        prompt: token ids; empty where the answer is known.
-        truncated: whether any of the event's text had to be cut.
-        is_whole: whether ``prompt`` is all of ``rendered``.
-    """
-
-    event: Event
-    rendered: str
-    prompt: list[int]
-    truncated: bool
-    is_whole: bool
-
-
-def _answered(
-    prepared: PreparedTask, asked: _Asked, decoded: Decoded | EdgeError, started_s: float
-) -> Answer | EdgeError:
-    if isinstance(decoded, EdgeError):
-        return decoded
-    if asked.is_whole:
-        prepared.answers.put(asked.rendered, decoded)
-    try:
-        return _conclude(prepared, asked, decoded, started_s)
-    except EdgeError as error:
-        return error
-
-
-def _conclude(
-    prepared: PreparedTask, asked: _Asked, decoded: Decoded, started_s: float, route: Route = "device"
-) -> Answer:
-    task, floors = prepared.spec, prepared.calibration.floors
-    confidence = prepared.calibration.published(decoded.confidence)
-    unsure = floors.unsure(confidence)
-    decision, guards = task.apply_guards(asked.event, dict(decoded.values))
-    problems = task.check_decision(decision)
-    if problems:
-        # Cannot happen by construction; a decision that reaches a machine is checked all the same.
-        raise PermanentError("worker.invalid_answer", "; ".join(problems))
-    return Answer(
-        decision=decision,
-        confidence=confidence,
-        route="abstained" if unsure else ("rule" if guards else route),
-        unsure_fields=unsure,
-        hopeless_fields=floors.hopeless(confidence),
-        guards=tuple(guards),
-        truncated=asked.truncated,
-        passes=0 if route == "cache" else decoded.passes,
-        tokens_out=len(decoded.tokens),
-        latency_ms=(time.monotonic() - started_s) * 1000,
-    )

@@ -30,6 +30,8 @@ MAX_SCORES = 128
 """Positions that one pass can score: the choices of a few answers."""
 
 Logits = NDArray[np.float32]
+Adapter = dict[str, Any]
+"""A task's low-rank matrices by input name, as values of ONNX Runtime; empty where the graph takes none."""
 KvSegment = NDArray[Any]
 """Keys and values of consecutive positions of one row: (2 * layers, kv_heads, positions, head_dim)."""
 
@@ -51,23 +53,40 @@ class RowPass:
     score_at: Sequence[int]
 
 
+@dataclass(frozen=True)
+class LoadedGraphs:
+    """A model in ONNX Runtime.
+
+    Args:
+        decoder: its session.
+        head: the head's session, where it is apart, else None.
+        spec: the model's shape.
+        limit: ends passes that take too long.
+        head_rows: tokens that the head scores.
+    """
+
+    decoder: Any
+    head: Any
+    spec: ModelSpec
+    limit: PassLimit
+    head_rows: int
+
+
 class Head:
     """The output head as a graph of its own, with the buffers between it and the decoder.
 
     Args:
-        session: maps ``hidden`` to ``logits``.
-        rows: tokens that it scores.
+        graphs: the loaded model; its head maps ``hidden`` to ``logits``.
         scores: positions that it scores at once, at most.
-        limit: ends passes that take too long.
     """
 
-    def __init__(self, session: Any, rows: int, scores: int, limit: PassLimit) -> None:
-        self._session = session
-        self._run_options = limit.run_options
-        size = session.get_inputs()[0].shape[2]
+    def __init__(self, graphs: LoadedGraphs, scores: int) -> None:
+        self._session = graphs.head
+        self._run_options = graphs.limit.run_options
+        size = self._session.get_inputs()[0].shape[2]
         self.hidden: Logits = np.zeros((scores, 1, size), np.float32)  # (scores, 1, hidden): the decoder writes here
-        self.logits: Logits = np.zeros((scores, 1, rows), np.float32)
-        self._binding: Any = session.io_binding()
+        self.logits: Logits = np.zeros((scores, 1, graphs.head_rows), np.float32)
+        self._binding: Any = self._session.io_binding()
 
     def score(self, count: int) -> None:
         """Compute the first ``count`` rows of ``logits`` from those of ``hidden``."""
@@ -77,16 +96,13 @@ class Head:
 
 
 class KvCache:
-    """Keys and values of a few token sequences, and the buffers of their passes.
+    """Keys and values of a few token sequences of one task, and the buffers of their passes.
 
     Args:
-        session: the loaded decoder.
-        head: the head's session, where it is apart, else None.
-        spec: the model's shape.
-        limit: ends passes that take too long.
+        graphs: the loaded model.
         capacity_tokens: most positions that a row can hold.
-        head_rows: tokens that the head scores.
         rows: sequences; more than one only where the graph takes ``score_at``.
+        adapter: bound for good: a cache holds keys and values of one task's weights.
 
     Attributes:
         length: positions of row 0 that count for `forward` and `append`.
@@ -96,17 +112,8 @@ class KvCache:
         PermanentError: ``worker.out_of_memory``.
     """
 
-    def __init__(
-        self,
-        session: Any,
-        head: Any,
-        spec: ModelSpec,
-        limit: PassLimit,
-        capacity_tokens: int,
-        head_rows: int,
-        *,
-        rows: int = 1,
-    ) -> None:
+    def __init__(self, graphs: LoadedGraphs, capacity_tokens: int, rows: int, adapter: Adapter) -> None:
+        spec, session, head_rows = graphs.spec, graphs.decoder, graphs.head_rows
         self.capacity_tokens = capacity_tokens
         self.rows = rows
         self.length = 0
@@ -114,7 +121,8 @@ class KvCache:
         self.scores_many = bool(spec.score_at)
         self._session = session
         self._spec = spec
-        self._run_options = limit.run_options
+        self._adapter = adapter  # the bindings do not keep it alive
+        self._run_options = graphs.limit.run_options
         scores = MAX_SCORES if self.scores_many else 1
         device = CACHE_DEVICES.get(session.get_providers()[0], "cpu")
         shape = (2 * spec.num_layers, rows, spec.num_kv_heads, capacity_tokens, spec.head_dim)
@@ -125,7 +133,7 @@ class KvCache:
             self._mask = np.zeros((rows, capacity_tokens), np.int64)
             self._counts = np.zeros(rows, np.int32)  # (rows,): real tokens of each row of the pass
             self._score_at = np.zeros((scores, 2), np.int64)
-            self._head = Head(head, head_rows, scores, limit) if head is not None else None
+            self._head = Head(graphs, scores) if graphs.head is not None else None
             self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
         except MemoryError as error:
             raise PermanentError(
@@ -133,7 +141,7 @@ class KvCache:
             ) from error
         # A graph reads its inputs where it runs. What is bound from elsewhere is copied there once, when it is bound:
         # a cache on the wrong side would stay as empty as it began.
-        self._elsewhere = [] if device == "cpu" else [_on_device(half, device) for half in self._kv]
+        self._elsewhere = [] if device == "cpu" else [on_device(half, device) for half in self._kv]
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def rewind(self, length: int) -> None:
@@ -279,6 +287,8 @@ class KvCache:
                 rows = self._kv[place, first : first + count]  # (count, kv_heads, capacity, head_dim), contiguous
                 bind(binding, "input", f"past_key_values.{name}", rows, rows.shape)
                 bind(binding, "output", f"present.{name}", rows, rows.shape)
+        for name, matrix in self._adapter.items():
+            binding.bind_ortvalue_input(name, matrix)
         if self._spec.ragged:
             bind(binding, "input", "query_seqlens", self._counts, (count,))
         self._bindings[first, count] = binding
@@ -293,5 +303,6 @@ def bind(
     bind_side(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
 
 
-def _on_device(zeros: NDArray[Any], device: str) -> Any:
-    return mapped("allocating a cache", lambda: ort.OrtValue.ortvalue_from_numpy(zeros, device, 0))
+def on_device(matrix: NDArray[Any], device: str) -> Any:
+    """A matrix where the graph reads it."""
+    return mapped("allocating memory", lambda: ort.OrtValue.ortvalue_from_numpy(matrix, device, 0))

@@ -13,11 +13,12 @@ import onnxruntime as ort
 
 from edge_agent.contract.manifest import Manifest, ModelSpec
 from edge_agent.errors import PermanentError
+from edge_agent.runtime.adapter import Arrays, adapter_feeds
 from edge_agent.runtime.head_rows import read_head_rows
-from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.kv_cache import Adapter, KvCache, LoadedGraphs, on_device
 from edge_agent.runtime.library_errors import mapped
 from edge_agent.runtime.pass_limit import PassLimit
-from edge_agent.runtime.providers import DYNAMIC, PROVIDERS, check_loaded, use_provider
+from edge_agent.runtime.providers import CACHE_DEVICES, DYNAMIC, PROVIDERS, check_loaded, use_provider
 
 MAX_DEFAULT_THREADS = 4
 
@@ -69,14 +70,35 @@ class ModelSession:
         head_ids = bundle / self.spec.head_ids if self.spec.head_ids else None
         self._rows = len(read_head_rows(self.spec.vocab_size, head_ids))
         _check_interface(self._decoder, self._head, self.spec, self._rows)
+        self._graphs = LoadedGraphs(self._decoder, self._head, self.spec, self.limit, self._rows)
+        self._no_adapter = self.load_adapter({})
 
-    def new_cache(self, capacity_tokens: int, rows: int = 1) -> KvCache:
-        """Allocate a cache of ``rows`` texts of at most ``capacity_tokens`` positions.
+    def load_adapter(self, arrays: Arrays) -> Adapter:
+        """A task's matrices where the graph reads them.
+
+        Args:
+            arrays: of `edge_agent.runtime.adapter.task_adapter`; what is missing has rank 0.
+
+        Raises:
+            PermanentError: ``adapter.invalid``, ``worker.out_of_memory``.
+        """
+        shapes = {value.name: value.shape for value in self._decoder.get_inputs()}
+        device = CACHE_DEVICES.get(self.providers[0], "cpu")
+        feeds = adapter_feeds(self.spec.adapter_inputs or (), shapes, arrays)
+        return {name: on_device(matrix, device) for name, matrix in feeds.items()}
+
+    def new_cache(self, capacity_tokens: int, rows: int = 1, adapter: Adapter | None = None) -> KvCache:
+        """Allocate a cache of texts of one task.
+
+        Args:
+            capacity_tokens: most positions of a text.
+            rows: texts.
+            adapter: of `load_adapter`; None: the shared weights as they are.
 
         Raises:
             PermanentError: ``worker.out_of_memory``.
         """
-        return KvCache(self._decoder, self._head, self.spec, self.limit, capacity_tokens, self._rows, rows=rows)
+        return KvCache(self._graphs, capacity_tokens, rows, self._no_adapter if adapter is None else adapter)
 
 
 def _load(path: Path, wanted: dict[str, Any]) -> Any:
@@ -104,6 +126,7 @@ def _check_interface(decoder: Any, head: Any, spec: ModelSpec, rows: int) -> Non
     result = "logits" if head is None else "hidden"
     optional = {"query_seqlens": spec.ragged, "score_at": spec.score_at}
     asked = {name for name, wanted in optional.items() if wanted}
+    asked |= {f"{name}.{side}" for name in spec.adapter_inputs or () for side in "AB"}
     expected_inputs = {"input_ids", "attention_mask", *asked, *(f"past_key_values.{h}" for h in halves)}
     _check_names(decoder, expected_inputs, {result, *(f"present.{h}" for h in halves)})
     _check_axes(decoder, {f"past_key_values.{h}": {1: spec.num_kv_heads, 3: spec.head_dim} for h in halves})

@@ -140,7 +140,8 @@ def report_html_bytes(report: Mapping[str, Any]) -> bytes:
             ``calibration``, ``checkpoint``, ``tools``. Drawn when present: ``evidence`` (a list of runs),
             ``latency`` (of ``edge-agent bench``), ``sweep`` (a list), ``sensitivity`` (a list of ``layer``,
             ``kl_nats``, ``int8``), ``floors`` (of the calibrations, by task), ``lines`` (knots of confidences that one
-            temperature did not straighten, by task), ``vocabulary`` and ``lineage`` (see `export.card.report_origin`).
+            temperature did not straighten, by task), ``adapters`` (by task), ``vocabulary`` and ``lineage``
+            (see `export.card.report_origin`).
 
     Returns:
         UTF-8 HTML that is well-formed XML too; equal reports give equal bytes.
@@ -287,6 +288,8 @@ def _optional(report: Mapping[str, Any]) -> list[str]:
         sections.append(_section("Sensitive layers", plots([sensitivity_figure(report["sensitivity"])])))
     if report.get("vocabulary"):
         sections.append(_section("Vocabulary", vocabulary_section(report["vocabulary"])))
+    for task, adapter in sorted((report.get("adapters") or {}).items()):
+        sections.append(_section(f"Adapter of {task}", facts_table(adapter)))
     if report.get("lineage"):
         sections += [_section(_step_title(step), lineage_section(step)) for step in report["lineage"]]
     return sections

@@ -32,6 +32,8 @@ def add_build(commands: Any) -> None:
     build.add_argument("--target", required=True, help="see `edge-export targets`")
     build.add_argument("--soc", metavar="CHIP", help="the chip to compile for; default: the target's first")
     build.add_argument("--task", required=True, type=Path, nargs="+", action="extend", metavar="DIR")
+    lora = "a LoRA adapter (PEFT) for one task; all tasks share the checkpoint's weights"
+    build.add_argument("--adapter", action="append", default=[], metavar="TASK=FOLDER", help=lora)
     build.add_argument("--out", required=True, type=Path, metavar="DIR")
     build.add_argument("--name", help="default: the checkpoint folder's name")
     build.add_argument("--version", default="0.1.0")
@@ -59,6 +61,17 @@ def _add_weights(group: Any) -> None:
     group.add_argument("--int8-share", type=float, default=0.0, metavar="S", help=finer)
     tried = "try methods, block sizes and 8-bit layers for so long, and take the knee"
     group.add_argument("--sweep", type=float, metavar="SECONDS", help=tried)
+
+
+def _adapters(given: list[str]) -> dict[str, Path]:
+    """``TASK=FOLDER`` entries."""
+    folders: dict[str, Path] = {}
+    for entry in given:
+        name, equals, folder = entry.partition("=")
+        if not equals or not folder or name in folders:
+            raise RefusedError("export.usage", f"--adapter takes TASK=FOLDER, once a task, not {entry!r}")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _add_shrinking(group: Any) -> None:
@@ -143,6 +156,7 @@ def run_build(arguments: argparse.Namespace) -> int:
             quality=read_quality(arguments.quality) if arguments.quality else {},
             isotonic=arguments.isotonic,
         ),
+        adapters=_adapters(arguments.adapter),
     )
     place = Workplace(best_progress(), arguments.work, arguments.force)
     if arguments.dry_run:

@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_agent.contract.event import Event
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.contract.task import TaskSpec
+from edge_agent.runtime.adapter import task_adapter
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.calibration import Calibration, load_calibration
 from edge_agent.runtime.engine import Engine
@@ -36,9 +37,9 @@ def bundle_backend(bundle: Path, task: TaskSpec, *, oracle: bool = False) -> Ite
     manifest, digest = read_manifest(bundle)
     verified = open_installed_bundle(bundle, digest)
     if oracle:
-        decoder = GreedyDecoder(
-            bundle / manifest.model.decoder, bundle / manifest.model.tokenizer, manifest.model, THREADS
-        )
+        model = manifest.model
+        adapter = task_adapter(bundle, model, task.name)
+        decoder = GreedyDecoder(bundle / model.decoder, bundle / model.tokenizer, model, THREADS, adapter)
         yield greedy_backend(decoder, task, read_calibration(bundle, task))
         return
     engine = Engine(verified, THREADS)

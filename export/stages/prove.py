@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime
 
 from edge_agent.contract.manifest import Target
+from edge_agent.runtime.adapter import task_adapter
 from export.assembly import Parts, assemble
 from export.boards import Board
 from export.checkpoint.source import TOKENIZER_NAME
@@ -22,12 +23,13 @@ from export.proof.evaluate import evaluate
 from export.proof.evidence import Evidence, verification
 from export.proof.greedy import GreedyDecoder, StepModel
 from export.proof.measure import THREADS, bundle_backend, read_calibration
-from export.proof.parity import Agreement, between
+from export.proof.parity import Agreement, between_all
 from export.proof.testimony import retarget
 from export.request import Labelled
 from export.stages.calibrating import choose_floors, fit
 from export.stages.layout import PROOF_NAME, link_or_copy, read_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
+from export.tasks import TaskFolder
 from export.texts import TaskTexts
 
 HOST: Target = "cpu-x86_64"
@@ -88,8 +90,9 @@ def prove(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, 
 def _calibrate(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, progress: Progress) -> None:
     asked = [(task.spec, labelled[task.spec.name].calibrate_on) for task in candidate.parts.tasks]
     # Every file first, with targets unmet: the engine loads all tasks, and refuses one that has no floor at all.
+    isotonic = candidate.isotonic
     fitted = [
-        fit(_oracle(candidate), task, rows, progress, isotonic=candidate.isotonic) for task, rows in asked if rows
+        fit(_oracle(candidate, task.name), task, rows, progress, isotonic=isotonic) for task, rows in asked if rows
     ]
     for one in fitted:
         one.write(folder)
@@ -121,8 +124,18 @@ def _parity(candidate: Candidate, progress: Progress) -> dict[str, Any]:
 
 
 def _agreement(candidate: Candidate) -> Agreement:
-    texts = TaskTexts(candidate.parts.checkpoint, candidate.parts.tasks).golden()
-    return between(_steps(candidate.full), _steps(candidate.parts.model), texts)
+    adapted = read_spec(candidate.parts.model).adapters or {}
+    groups: dict[str | None, list[TaskFolder]] = {}
+    for task in candidate.parts.tasks:
+        groups.setdefault(task.spec.name if task.spec.name in adapted else None, []).append(task)
+    return between_all(
+        (
+            _steps(candidate.full, name),
+            _steps(candidate.parts.model, name),
+            TaskTexts(candidate.parts.checkpoint, tasks).golden(),
+        )
+        for name, tasks in groups.items()
+    )
 
 
 def _quality(
@@ -164,13 +177,15 @@ def _looked_at(parts: Parts, texts: Mapping[str, bytes]) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _oracle(candidate: Candidate) -> GreedyDecoder:
+def _oracle(candidate: Candidate, task: str) -> GreedyDecoder:
     # Static graphs take other inputs than the oracle gives: the same model in fp32 stands in for them.
     model = candidate.full if candidate.is_static else candidate.parts.model
     spec = read_spec(model)
-    return GreedyDecoder(model / spec.decoder, candidate.parts.checkpoint.path / TOKENIZER_NAME, spec, threads=THREADS)
+    tokenizer = candidate.parts.checkpoint.path / TOKENIZER_NAME
+    return GreedyDecoder(model / spec.decoder, tokenizer, spec, THREADS, task_adapter(model, spec, task))
 
 
-def _steps(model: Path) -> StepModel:
+def _steps(model: Path, adapted_task: str | None) -> StepModel:
     spec = read_spec(model)
-    return StepModel(model / spec.decoder, spec, threads=THREADS)
+    adapter = task_adapter(model, spec, adapted_task) if adapted_task else None
+    return StepModel(model / spec.decoder, spec, THREADS, adapter)

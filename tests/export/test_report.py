@@ -224,6 +224,7 @@ def everywhere(hostile: str) -> dict[str, Any]:
         sensitivity=[{"layer": hostile, "kl_nats": 0.1}],
         vocabulary={hostile: hostile},
         lineage=[{hostile: [hostile]}],
+        adapters={hostile: {hostile: [hostile], "files": {hostile: hostile}}},
     )
     return made
 
