@@ -4,7 +4,7 @@ A token's activations are rounded by that token's own largest magnitude, never b
 is exact, so a row's product is the same bits alone and in any pass or batch. ONNX Runtime's DynamicQuantizeMatMul has
 one scale for all rows, and an event's answer would depend on what else is in its pass.
 
-Weights have one scale an output. Activations are uint8 around 128, because ONNX Runtime multiplies uint8 by int8 several
+Weights have one scale an output. Activations are uint8 around 128: ONNX Runtime multiplies uint8 by int8 several
 times faster than int8 by int8 on x86. There, processors with AVX2 but without VNNI add two neighbouring products in 16
 bits, and saturate: so a scale is chosen that leaves no two neighbours a sum above 16 bits. It costs 2.5 dB of 43, a
 seventh bit would cost 6, and the sum is exact on every processor.
