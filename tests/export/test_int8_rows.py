@@ -24,7 +24,8 @@ from export.graphs.pruned_head import prune_head
 from export.graphs.ragged import add_ragged
 from export.graphs.split_head import HIDDEN, split_head
 from export.plan import plan
-from export.proof.parity import Agreement, StepModel, between
+from export.proof.greedy import StepModel
+from export.proof.parity import Agreement, between
 from export.quantisation.coarse_table import coarsen_table
 from export.quantisation.compact import compact_scales
 from export.quantisation.int8_rows import LABEL, quantise_rows, round_columns
@@ -270,8 +271,7 @@ def test_text_in_one_pass_is_the_text_token_by_token(fp32: Path) -> None:
     text = np.random.default_rng(4).integers(0, VOCAB, 30).tolist()
     whole, steps = Rows(model, rows=1, capacity=48), Rows(model, rows=1, capacity=48)
     (expected,) = whole.step([text])
-    for token in text:
-        (found,) = steps.step([[token]])
+    found = [steps.step([[token]])[0] for token in text][-1]
     # Attention sums floats in another order: an activation may round to the neighbouring code.
     assert np.abs(found - expected).max() < NEAR * np.abs(expected).max()
 
@@ -355,7 +355,7 @@ def test_options_of_int4_are_refused(changes: dict[str, Any], make_bundle: Build
 
 
 def test_saturation_free_weights_are_what_the_runtime_multiplies() -> None:
-    """The smallest and the largest activation against every weight: sums that a 16-bit pair could not hold unbounded."""
+    """The smallest and the largest activation against every weight."""
     stored = round_columns(torch.from_numpy(weight()))
     codes = np.array([[255] * INPUTS, [1] * INPUTS], np.uint8)  # [rows, inputs]
     product = _integer_product(stored.codes).run(None, {"codes": codes})[0]
@@ -363,7 +363,7 @@ def test_saturation_free_weights_are_what_the_runtime_multiplies() -> None:
 
 
 def _integer_product(codes: npt.NDArray[np.int8]) -> Any:
-    tensors = {
+    tensors: dict[str, npt.NDArray[Any]] = {
         "weight": codes,
         "one": np.array(1, np.float32),
         "middle": np.array(128, np.uint8),
