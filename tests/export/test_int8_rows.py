@@ -240,6 +240,18 @@ def test_embedding_and_head_are_int4_as_ever(method: Method, llama: Path, fp32: 
     assert rows.mean_kl < 0.8 * four.mean_kl, "what is left is the table's"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_calibrated_head_is_calibrated_on_what_eight_bits_give_it(tmp_path: Path, *, tied: bool) -> None:
+    synthesise("smollm2-135m", tmp_path / "checkpoint", layers=1, **TINY, tie_word_embeddings=tied)
+    model = build_fp32(open_checkpoint(tmp_path / "checkpoint"), CONTEXT)
+    expected = logits(model)
+    quantise_rows(model)
+    texts = [np.random.default_rng(seed).integers(0, VOCAB, 20).tolist() for seed in range(8)]
+    model = quantize_int4(model, QuantSettings("gptq", 32), calibration_ids=texts)
+    assert [node.op_type for node in model.graph.node].count("MatMulNBits") == 1
+    assert distance(logits(model), expected) < 2 * FAR, "four bits of the table are coarser than eight of the rest"
+
+
 def test_scales_take_half_the_bytes_and_give_the_same_numbers(fp32: Path) -> None:
     model = int8(fp32)
     expected = logits(model)
