@@ -1,4 +1,4 @@
-"""Projections in eight bits, their inputs rounded by rows: more bytes than INT4, and a prefill twice as fast.
+"""Projections in eight bits, their inputs rounded by rows: more bytes than INT4, and passes of many tokens much faster.
 
 A token's activations are rounded by that token's own largest magnitude, never by its neighbours': the sum of integers
 is exact, so a row's product is the same bits alone and in any pass or batch. ONNX Runtime's DynamicQuantizeMatMul has

@@ -1,7 +1,7 @@
 """What a pass of so many tokens, and a decision, takes in INT4 and in eight bits: the forms take turns, in one process.
 
-    python -m tests.bench.pass_lengths --shape smollm2-135m --write
-    python -m tests.bench.pass_lengths --processor-time      # one thread's own time: neighbours disturb it less
+    python -m tests.bench.pass_lengths --shape smollm2-135m
+    python -m tests.bench.pass_lengths --processor-time --write    # one thread's own time: neighbours disturb it less
 
 A decision is made of few passes of few tokens: the event's (some dozens) and those after its choices (a handful).
 """
@@ -104,15 +104,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processor-time", action="store_true", help="of one thread, instead of time that passed")
     parser.add_argument("--write", action="store_true", help="put the table into docs/graph.md")
     arguments = parser.parse_args(argv)
-    bundles = bundles_of(arguments.shape, 1024, [form for form in FORMS if form.name in NAMES])
     alone = arguments.processor_time
+    if arguments.write and not alone:
+        parser.error("docs/graph.md holds the table of --processor-time")
+    bundles = bundles_of(arguments.shape, 1024, [form for form in FORMS if form.name in NAMES])
     found = take_turns(
         bundles, arguments.rounds, 1 if alone else arguments.threads, time.thread_time if alone else time.perf_counter
     )
     text = table(found)
     print(text)
     if arguments.write:
-        write_table(f"passes, {'processor' if alone else 'wall'} time, {arguments.shape}", text)
+        write_table(f"passes, processor time, {arguments.shape}", text)
     return 0
 
 
