@@ -86,7 +86,7 @@ def _targets(arguments: argparse.Namespace) -> int:
     for board in boards.values():
         precisions = ", ".join(board.precisions) or "-"
         buildable = "yes" if board.buildable else "no"
-        print(f"{board.name:<12} {buildable:<4} {board.verification:<11} {precisions:<13} {board.note}")
+        print(f"{board.name:<12} {buildable:<4} {board.verification:<11} {precisions:<16} {board.note}")
     return 0
 
 

@@ -13,6 +13,7 @@ from export.checkpoint.peft import LoraAdapter
 from export.checkpoint.source import Checkpoint, open_checkpoint
 from export.npu.portable import PORTABLE_NAME
 from export.pipeline import Pipeline
+from export.quantisation.quantize import QuantSettings
 from export.quantisation.sweep import Judge
 from export.request import BuildRequest, Labelled, Measurement
 from export.stages.adapt import adapt, adapter_facts
@@ -20,7 +21,7 @@ from export.stages.fixed_shapes import chosen_soc, compiled_for, fix_shapes
 from export.stages.fuse import fuse
 from export.stages.layout import read_spec
 from export.stages.prove import Candidate, prove
-from export.stages.quantise import quantise, sensitivity_facts
+from export.stages.quantise import quantise, quantise_int8, sensitivity_facts
 from export.stages.reference import portable_graph, reference
 from export.stages.shrink import CHECKPOINT_DIR, shrink, shrink_key, shrinking_facts
 from export.stages.specialise import Speciality, specialise
@@ -160,6 +161,8 @@ class Chain:
         if self._request.precision == "fp32":
             return fused, "fuse"
         settings, share = self._request.quantisation, self._request.int8_share
+        if self._request.precision == "int8":
+            return self._quantise_int8(fused, settings), "quantise"
         after: tuple[str, ...] = ("fuse",)
         if self._request.sweep_s is not None:
             swept = self._sweep(fused, self._request.sweep_s)
@@ -174,6 +177,14 @@ class Chain:
         )
         self._findings |= sensitivity_facts(folder)
         return folder, "quantise"
+
+    def _quantise_int8(self, fused: Path, settings: QuantSettings) -> Path:
+        return self._pipeline.stage(
+            "quantise",
+            {**asdict(settings), "precision": "int8", **(self._texts_key if settings.needs_texts else {})},
+            lambda folder: quantise_int8(fused, settings, self._texts(), folder, self._say),
+            after=("fuse",),
+        )
 
     def _sweep(self, fused: Path, budget_s: float) -> Path:
         return self._pipeline.stage(

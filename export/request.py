@@ -128,7 +128,7 @@ class BuildRequest:
         tasks: task folders.
         identity: name, version and target.
         precision: of the weights.
-        quantisation: method, block size and exceptions, for INT4.
+        quantisation: method, block size and exceptions, for INT4; of int8 it is embedding and head that are INT4.
         int8_share: share of the weights that may keep eight bits, chosen by measured sensitivity.
         sweep_s: seconds to try combinations for, whose knee is taken in place of ``quantisation``; None: no sweep.
         soc: the chip to compile for; None: the target's first.

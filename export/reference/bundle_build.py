@@ -241,6 +241,7 @@ def _compare(checkpoint: Path, wanted: Sequence[str]) -> None:
 
 def _precisions() -> Iterator[tuple[Precision, QuantSettings]]:
     yield "fp32", QUANTISATION
+    yield "int8", QUANTISATION
     for method, block_size in product((*METHODS, *CALIBRATED_METHODS), BLOCK_SIZES):
         yield "int4", QuantSettings(method, block_size)
         if method != "hqq":

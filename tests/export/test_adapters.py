@@ -303,9 +303,10 @@ def test_a_router_without_its_specialist_is_refused_before_anything_is_built(
     assert [path.name for path in tmp_path.iterdir()] == ["router"]
 
 
-@pytest.mark.parametrize(
-    "options", [GraphOptions(head="split", together=True), GraphOptions(together=False)], ids=["split", "one at a time"]
-)
+OTHER_OPTIONS = [GraphOptions(head="split", together=True), GraphOptions(together=False)]
+
+
+@pytest.mark.parametrize("options", OTHER_OPTIONS, ids=["split", "one at a time"])
 def test_adapters_go_with_other_graph_options(
     options: GraphOptions, make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
 ) -> None:
