@@ -321,7 +321,7 @@ def plain_task(folder: Path) -> tuple[Path]:
 
 def test_bundle_says_its_precision_and_is_proven(make_bundle: Build, task_folder: Path, tmp_path: Path) -> None:
     events = task_folder / "golden.jsonl"
-    graph = GraphOptions(vocabulary=(events,), vocab_rows=400, kv="int8", head="split", ragged=True)
+    graph = GraphOptions(vocabulary=(events,), vocab_rows=400, kv="int8", head="split", together=True)
     options: dict[str, Any] = {
         "precision": "int8",
         "graph": graph,
