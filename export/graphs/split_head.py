@@ -134,10 +134,17 @@ def _remove_idle(model: ModelProto, candidates: list[NodeProto]) -> None:
 
 def _hidden_size(model: ModelProto) -> int:
     """Read off the last norm's weight, the only vector that every form of head leaves in the graph."""
-    vectors = {tensor.name: int(tensor.dims[0]) for tensor in model.graph.initializer if len(tensor.dims) == 1}
-    normed = next(node for node in model.graph.node if LAST_HIDDEN in node.output).input[0]
-    norm = next(node for node in model.graph.node if normed in node.output)
-    sizes = [vectors[name] for name in norm.input if name in vectors]
-    if len(sizes) != 1:
-        raise PermanentError("export.graph_unexpected", f"{norm.op_type} before the head has {len(sizes)} vectors")
-    return sizes[0]
+    vectors = {
+        tensor.name: int(tensor.dims[0])
+        for tensor in model.graph.initializer
+        if len(tensor.dims) == 1 and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+    }
+    producers = {name: node for node in model.graph.node for name in node.output}
+    # Between the norm and the head positions are picked: by a Gather, or by a GatherND with its Unsqueeze.
+    node = producers.get(LAST_HIDDEN)
+    while node is not None:
+        sizes = [vectors[name] for name in node.input if name in vectors]
+        if sizes:
+            return sizes[0]
+        node = producers.get(node.input[0])
+    raise PermanentError("export.graph_unexpected", "no norm is found before the head")

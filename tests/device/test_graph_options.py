@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,50 @@ import pytest
 import yaml
 from onnx import ModelProto
 
-from edge_agent.contract.manifest import ModelSpec
+from edge_agent.contract.dsse import generate_key
+from edge_agent.contract.manifest import ModelSpec, read_manifest
 from edge_agent.errors import PermanentError
+from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.head_rows import read_head_rows
-from edge_agent.runtime.kv_cache import KvCache
-from export.graphs.graph import load_graph, save_graphs
+from edge_agent.runtime.kv_cache import KvCache, RowPass
+from export.build import Workplace, build
+from export.graphs.chosen_scores import score_chosen_positions
+from export.graphs.graph import LAST_POSITION, load_graph, save_graphs
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
 from export.graphs.pruned_head import prune_head
 from export.graphs.ragged import add_ragged
 from export.graphs.split_head import split_head
+from export.progress import LineProgress
 from export.proof.greedy import GreedyDecoder
+from export.reference.bundle_build import reference_request
+from export.request import GraphOptions
 from tests.fakes.bundles import BundleVariant
 
 MakeVariant = Callable[[], BundleVariant]
 TIE = 1e-3
 HELDOUT = Path(__file__).parents[2] / "export/reference/data/heldout.jsonl"
+
+
+@pytest.fixture(scope="module")
+def plain_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference bundle as it would be without any option: the graph that every other form is made from."""
+    path = tmp_path_factory.mktemp("plain") / "bundle"
+    request = replace(reference_request(), graph=GraphOptions(together=False))
+    build(request, path, generate_key(), Workplace(LineProgress()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(plain_bundle: Path) -> Engine:
+    return Engine(open_installed_bundle(plain_bundle, read_manifest(plain_bundle)[1]), 1)
+
+
+@pytest.fixture
+def plain_variant(plain_bundle: Path, tmp_path: Path) -> MakeVariant:
+    numbers = iter(range(100))
+    return lambda: BundleVariant(plain_bundle, tmp_path / f"bundle-{next(numbers)}", generate_key())
 
 
 def events(count: int) -> list[dict[str, Any]]:
@@ -93,26 +121,26 @@ def assert_oracle_agrees(engine: Engine, count: int) -> None:
             assert min(margins) < TIE, event
 
 
-def test_head_apart_changes_no_decision_and_no_confidence(engine: Engine, variant: MakeVariant) -> None:
-    bundle = variant()
+def test_head_apart_changes_no_decision_and_no_confidence(plain: Engine, plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
     decoder, head = split_head(graph_of(bundle))
     apart = write(bundle, {"decoder.onnx": decoder, "head.onnx": head}, head="model/head.onnx")
-    assert decisions(apart) == decisions(engine)
+    assert decisions(apart) == decisions(plain)
     assert_oracle_agrees(apart, 3)
 
 
-def test_weights_that_body_and_head_share_are_stored_once(reference_bundle: Path, variant: MakeVariant) -> None:
-    bundle = variant()
+def test_weights_that_body_and_head_share_are_stored_once(plain_bundle: Path, plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
     decoder, head = split_head(graph_of(bundle))
     write(bundle, {"decoder.onnx": decoder, "head.onnx": head}, head="model/head.onnx")
     size = sum(file.stat().st_size for file in (bundle.path / "model").iterdir())
-    whole = (reference_bundle / "model/decoder.onnx").stat().st_size
+    whole = (plain_bundle / "model/decoder.onnx").stat().st_size
     # Large tensors begin at page boundaries.
     assert size < whole + 4096 * len(decoder.graph.initializer)
 
 
-def test_a_pass_without_scores_leaves_the_head_out(variant: MakeVariant) -> None:
-    bundle = variant()
+def test_a_pass_without_scores_leaves_the_head_out(plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
     decoder, head = split_head(graph_of(bundle))
     apart = write(bundle, {"decoder.onnx": decoder, "head.onnx": head}, head="model/head.onnx")
     cache = apart.prepared("triage").cache
@@ -126,29 +154,64 @@ def test_a_pass_without_scores_leaves_the_head_out(variant: MakeVariant) -> None
     assert not np.array_equal(before, kept)
 
 
-def test_ragged_graph_changes_no_decision(engine: Engine, variant: MakeVariant) -> None:
-    bundle = variant()
+def test_ragged_graph_changes_no_decision(plain: Engine, plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
     model = graph_of(bundle)
     add_ragged(model)
     ragged = write(bundle, {"decoder.onnx": model}, ragged=True)
-    assert decisions(ragged) == decisions(engine)
+    assert decisions(ragged) == decisions(plain)
     assert_oracle_agrees(ragged, 3)
 
 
-def test_int8_caches_decide_as_the_oracle_with_int8_caches(engine: Engine, variant: MakeVariant) -> None:
-    bundle = variant()
+@pytest.mark.parametrize("is_split", [False, True], ids=["attached", "split"])
+def test_scores_at_chosen_positions_are_those_of_the_last_position(
+    plain: Engine, plain_variant: MakeVariant, *, is_split: bool
+) -> None:
+    bundle = plain_variant()
     model = graph_of(bundle)
-    prompts = [oracle(engine).prompt(engine.tasks["triage"], event) for event in events(40)[20:]]
+    add_ragged(model)
+    score_chosen_positions(model)
+    files = dict(zip(("decoder.onnx", "head.onnx"), split_head(model), strict=True)) if is_split else None
+    head = {"head": "model/head.onnx"} if is_split else {}
+    scored = write(bundle, files or {"decoder.onnx": model}, ragged=True, score_at=True, **head)
+    cache, reference = scored.prepared("triage").cache, plain.prepared("triage").cache
+    assert isinstance(cache, KvCache)
+    assert isinstance(reference, KvCache)
+    tokens, start = [5, 6, 7, 8, 9, 10], cache.length
+    (found,) = cache.run([RowPass(0, start, tokens, [1, 3, 5])])
+    for row, count in zip(found, (2, 4, 6), strict=True):
+        reference.rewind(start)
+        np.testing.assert_allclose(row, reference.forward(tokens[:count]), atol=0.05)
+    together = cache.run([RowPass(0, start, tokens[:2], [1]), RowPass(1, start, tokens, [3, 5])])
+    np.testing.assert_allclose(together[0][0], found[0], atol=0.05)
+    np.testing.assert_allclose(together[1], found[1:], atol=0.05)
+    reference.rewind(start)
+    assert_oracle_agrees(scored, 3)
+
+
+def test_graph_without_a_last_position_scores_no_chosen_ones(plain_variant: MakeVariant) -> None:
+    model = graph_of(plain_variant())
+    score_chosen_positions(model)
+    next(node for node in model.graph.node if node.name == LAST_POSITION).name = "other"
+    with pytest.raises(PermanentError) as caught:
+        score_chosen_positions(model)
+    assert caught.value.code == "export.graph_unexpected"
+
+
+def test_int8_caches_decide_as_the_oracle_with_int8_caches(plain: Engine, plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
+    model = graph_of(bundle)
+    prompts = [oracle(plain).prompt(plain.tasks["triage"], event) for event in events(40)[20:]]
     quantise_kv(model, measure_kv_scales(model, prompts))
     small = write(bundle, {"decoder.onnx": model}, kv_dtype="int8")
-    same = [mine == theirs for (mine, _), (theirs, _) in zip(decisions(small), decisions(engine), strict=True)]
+    same = [mine == theirs for (mine, _), (theirs, _) in zip(decisions(small), decisions(plain), strict=True)]
     assert sum(same) >= 23, "int8 caches cost more than two answers of 25"
     assert_oracle_agrees(small, 3)
 
 
-def test_every_option_at_once(engine: Engine, variant: MakeVariant) -> None:
-    bundle = variant()
-    model, ids = head_of(bundle, tokens_of_bytes(engine) | set(range(2048)))
+def test_every_option_at_once(plain: Engine, plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
+    model, ids = head_of(bundle, tokens_of_bytes(plain) | set(range(2048)))
     add_ragged(model)
     decoder, head = split_head(model)
     put_head_ids(bundle, ids)
@@ -175,18 +238,18 @@ def answer_tokens(engine: Engine) -> set[int]:
 
 
 def test_head_with_every_token_of_the_answers_changes_no_decision_and_no_confidence(
-    engine: Engine, variant: MakeVariant
+    plain: Engine, plain_variant: MakeVariant
 ) -> None:
-    few = pruned(variant(), tokens_of_bytes(engine) | answer_tokens(engine))
+    few = pruned(plain_variant(), tokens_of_bytes(plain) | answer_tokens(plain))
     assert len(read_head_rows(4096, few.bundle.path / "model/head_ids.bin")) < 600
-    for (mine, sure), (theirs, expected) in zip(decisions(few), decisions(engine), strict=True):
+    for (mine, sure), (theirs, expected) in zip(decisions(few), decisions(plain), strict=True):
         assert mine == theirs
         # Another number of rows is another loop in the kernel: the last digit may differ.
         assert sure == pytest.approx(expected, abs=1e-6)
 
 
-def test_values_whose_tokens_the_head_lacks_are_reached_by_bytes(engine: Engine, variant: MakeVariant) -> None:
-    bytes_alone = pruned(variant(), tokens_of_bytes(engine))
+def test_values_whose_tokens_the_head_lacks_are_reached_by_bytes(plain: Engine, plain_variant: MakeVariant) -> None:
+    bytes_alone = pruned(plain_variant(), tokens_of_bytes(plain))
     task = bytes_alone.tasks["triage"]
     found = decisions(bytes_alone)
     assert all(task.check_decision(decision) == [] for decision, _ in found)
@@ -208,27 +271,27 @@ OPEN_OUTPUT: dict[str, Any] = {
 
 @pytest.mark.parametrize("first_ids", [0, 700, 4096])
 def test_open_fields_and_new_values_stay_within_the_schema_with_any_head(
-    engine: Engine, variant: MakeVariant, first_ids: int
+    plain: Engine, plain_variant: MakeVariant, first_ids: int
 ) -> None:
-    bundle = variant()
+    bundle = plain_variant()
     task = yaml.safe_load((bundle.path / "tasks/triage/task.yaml").read_text("utf-8"))
     task.update(output=OPEN_OUTPUT, thresholds={}, guards=[])
     bundle.put("tasks/triage/task.yaml", json.dumps(task))
     bundle.drop("tasks/triage/golden.jsonl")
     bundle.drop("tasks/triage/calibration.json")
-    changed = pruned(bundle, tokens_of_bytes(engine) | set(range(first_ids)))
+    changed = pruned(bundle, tokens_of_bytes(plain) | set(range(first_ids)))
     kept = set(read_head_rows(4096, bundle.path / "model/head_ids.bin").ids.tolist())
     for event in events(6):
         answer = changed.decide("triage", event, deadline_s=60)
         assert changed.tasks["triage"].check_decision(answer.decision) == []
         assert all(0 < share <= 1 for share in answer.confidence.values())
     assert_oracle_agrees(changed, 4)
-    assert tokens_of_bytes(engine) <= kept
+    assert tokens_of_bytes(plain) <= kept
 
 
-def test_head_without_the_bytes_that_a_task_needs_is_refused_at_load(engine: Engine, variant: MakeVariant) -> None:
+def test_head_without_the_bytes_that_a_task_needs_is_refused_at_load(plain: Engine, plain_variant: MakeVariant) -> None:
     with pytest.raises(PermanentError, match="single bytes") as caught:
-        pruned(variant(), {1, 2, 3})
+        pruned(plain_variant(), {1, 2, 3})
     assert caught.value.code == "bundle.unsupported"
 
 
@@ -238,24 +301,28 @@ def test_head_without_the_bytes_that_a_task_needs_is_refused_at_load(engine: Eng
      np.array([-1, 5], "<i4").tobytes(), np.array([7, 7], "<i4").tobytes()],
     ids=["empty", "cut short", "descending", "beyond", "negative", "twice"],
 )  # fmt: skip
-def test_head_ids_that_are_no_ascending_ids_are_refused(variant: MakeVariant, raw: bytes) -> None:
-    bundle = variant()
+def test_head_ids_that_are_no_ascending_ids_are_refused(plain_variant: MakeVariant, raw: bytes) -> None:
+    bundle = plain_variant()
     put_head_ids(bundle, raw)
     with pytest.raises(PermanentError) as caught:
         seal(bundle, head_ids="model/head_ids.bin")
     assert caught.value.code == "bundle.unsupported"
 
 
-def test_manifest_that_promises_another_number_of_rows_is_refused(variant: MakeVariant) -> None:
-    bundle = variant()
+def test_manifest_that_promises_another_number_of_rows_is_refused(plain_variant: MakeVariant) -> None:
+    bundle = plain_variant()
     put_head_ids(bundle, np.arange(100, dtype="<i4").tobytes())
     with pytest.raises(PermanentError, match="logits") as caught:
         seal(bundle, head_ids="model/head_ids.bin")
     assert caught.value.code == "bundle.unsupported"
 
 
-@pytest.mark.parametrize("spec", [{"head": "model/decoder.onnx"}, {"ragged": True}], ids=["head", "ragged"])
-def test_manifest_that_promises_another_form_of_graph_is_refused(variant: MakeVariant, spec: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "spec", [{"head": "model/decoder.onnx"}, {"ragged": True}, {"score_at": True}], ids=["head", "ragged", "score_at"]
+)
+def test_manifest_that_promises_another_form_of_graph_is_refused(
+    plain_variant: MakeVariant, spec: dict[str, Any]
+) -> None:
     with pytest.raises(PermanentError, match="graph interface 1") as caught:
-        seal(variant(), **spec)
+        seal(plain_variant(), **spec)
     assert caught.value.code == "bundle.unsupported"
