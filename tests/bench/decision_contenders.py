@@ -113,7 +113,13 @@ def decision_bundle(shape: str, checkpoint: Path, task: Path) -> OurBundle:
     }
 
     def make(folder: Path) -> None:
-        rows = ["--vocab-from", HELDOUT, vocabulary_text(shape, checkpoint), "--vocab-rows", str(HEAD_ROWS)]
+        rows: list[str | Path] = [
+            "--vocab-from",
+            HELDOUT,
+            vocabulary_text(shape, checkpoint),
+            "--vocab-rows",
+            str(HEAD_ROWS),
+        ]
         built = build_bundle(checkpoint, f"{shape}-decisions", rows, task)
         shutil.move(built.bundle, folder / BUNDLE)
         (folder / SIGNER).write_bytes(signer_pem())

@@ -2,7 +2,7 @@
 
     python -m tests.bench.decision_figures                              # the 135M shape
     python -m tests.bench.decision_figures --model all --write-docs     # every model; rewrites docs/benchmarks.*
-    python -m tests.bench.decision_figures --rounds 1 --events 6 --backlog 6 --without-passes --json -
+    python -m tests.bench.decision_figures --rounds 1 --events 6 --backlog 6 --without-passes --without-trials
 
 What is slow to make and always the same (checkpoints, bundles, peers) is kept under ``build/bench``.
 Ends with status 1 when a ratio that met its target on the committed page has fallen back by more than 15 %.
@@ -24,7 +24,7 @@ from tests.bench.decision_model import AT_LEAST_EVEN, MODELS, TARGETS, DecisionS
 from tests.bench.decisions_page import as_json, committed_decisions, machine, write_page
 from tests.bench.export_figures import BUSY_SHARE, STDOUT
 from tests.bench.figures import RATIO, Figure, fallen_back, from_samples, table
-from tests.bench.interleaved import Speeds, paired_ratios
+from tests.bench.interleaved import Command, Speeds, paired_ratios
 from tests.bench.interleaved import take_turns as take_passes
 from tests.bench.llama_cpp_peer import llama_cpp_python
 from tests.bench.made import HERE, python_module
@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line (see the module's docstring)."""
     arguments = _arguments(argv)
     settings = DecisionSettings(
-        rounds=arguments.rounds, events=arguments.events, backlog=arguments.backlog, threads=arguments.threads
+        rounds=arguments.rounds,
+        events=arguments.events,
+        backlog=arguments.backlog,
+        threads=arguments.threads,
+        with_trials=not arguments.without_trials,
     )
     found_machine = machine()
     started_s = time.monotonic()
@@ -75,7 +79,7 @@ def passes_figures(made: DecisionContenders, rounds: int, steps: int, threads: i
     speeds: dict[str, Speeds] | Missing = missing or Missing("left out")
     if isinstance(made.ours, OurBundle) and isinstance(made.llama, LlamaServer) and isinstance(python, Path):
         options = ["--steps", str(steps), "--threads", str(threads), "--depths", str(DEPTH)]
-        commands = {
+        commands: dict[str, Command] = {
             OURS_PRUNED: python_module("tests.bench.decode_passes", "fused", made.ours.path, *options),
             LLAMA_CPP: [python, HERE / "llama_cpp_passes.py", made.llama.gguf, *options],
         }
@@ -112,6 +116,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--without-passes", action="store_true", help="decisions only (spares another build of llama.cpp)"
     )
+    parser.add_argument("--without-trials", action="store_true", help="give llama-server the first of its settings")
     parser.add_argument("--json", metavar="FILE", help=f"write the figures there; {STDOUT} prints them alone")
     parser.add_argument("--write-docs", action="store_true", help="rewrite docs/benchmarks.md and .json")
     return parser.parse_args(argv)

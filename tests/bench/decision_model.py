@@ -18,7 +18,7 @@ from tests.bench.decision_ratios import backlog_ms, corrected_ratio, mean_latenc
 from tests.bench.decision_runs import EngineRun, Job, Turns, run_program, take_turns
 from tests.bench.decision_task import prompts
 from tests.bench.figures import RATIO, Figure, Target, from_samples
-from tests.bench.llama_server_decisions import SLOTS, all_waiting, best_setting, one_at_a_time
+from tests.bench.llama_server_decisions import SETTINGS, SLOTS, Setting, all_waiting, best_setting, one_at_a_time
 from tests.bench.made import HERE, python_module
 from tests.bench.measured_run import CommandFailedError
 from tests.bench.ogenai_peer import environment
@@ -61,6 +61,7 @@ class DecisionSettings:
         events: that are answered one at a time.
         backlog: that are all waiting.
         threads: of every engine.
+        with_trials: whether llama-server's settings are tried; without, it gets the first.
     """
 
     rounds: int = 3
@@ -68,6 +69,7 @@ class DecisionSettings:
     events: int = 24
     backlog: int = 24
     threads: int = 2
+    with_trials: bool = True
 
 
 def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: Say) -> list[Figure]:
@@ -87,9 +89,11 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
     if isinstance(made.ours, OurBundle):
         engines[OURS] = partial(_run_ours, made.ours, job)
     if isinstance(made.llama, LlamaServer):
-        say(f"{made.name}: llama-server, which setting is fastest here")
         peer = made.llama
-        found = attempt(lambda: best_setting(peer, job, say), say)
+        found: tuple[Setting, dict[str, float]] | Missing = (SETTINGS[0], {})
+        if settings.with_trials:
+            say(f"{made.name}: llama-server, which setting is fastest here")
+            found = attempt(lambda: best_setting(peer, job, say), say)
         if not isinstance(found, Missing):
             best, tried = found
             engines[LLAMA] = partial(one_at_a_time, peer, job, best)
@@ -294,7 +298,7 @@ def _of_runs(
     return Figure(key, label, value, unit, target, spread)
 
 
-def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
+def _shared_tokens(sequences: Sequence[list[int]]) -> int:
     """Tokens that all begin with: the prefix, and what the event lines share by chance."""
     first, last = min(sequences), max(sequences)
     return next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))

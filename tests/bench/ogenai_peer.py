@@ -36,9 +36,8 @@ def ogenai_python() -> Path:
 
 def _install(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True, text=True)
-    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    packages = ["numpy", PACKAGE, *BUILDER_NEEDS]
-    subprocess.run([*pip, *packages], check=True, capture_output=True, text=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, "numpy", PACKAGE, *BUILDER_NEEDS], check=True, capture_output=True, text=True)
     # torch weighs more than all the rest and is the same for both: found in the exporter's environment, looked up last.
     (site_packages,) = folder.glob("lib/python*/site-packages")
     (site_packages / "torch_of_the_exporter.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
