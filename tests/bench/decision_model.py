@@ -14,7 +14,15 @@ from tests.bench.answer_grammars import gbnf, regex
 from tests.bench.attempts import Missing, Say, attempt
 from tests.bench.cache import CACHE
 from tests.bench.decision_contenders import DecisionContenders, LlamaServer, Ogenai, OurBundle
-from tests.bench.decision_ratios import backlog_ms, corrected_ratio, mean_latency_ms, raw_ratio, without_grammar_ratio
+from tests.bench.decision_ratios import (
+    backlog_ms,
+    corrected_ratio,
+    mean_latency_ms,
+    processor_ms,
+    processor_ratio,
+    raw_ratio,
+    without_grammar_ratio,
+)
 from tests.bench.decision_runs import EngineRun, Job, Turns, run_program, take_turns
 from tests.bench.decision_task import prompts
 from tests.bench.figures import RATIO, Figure, Target, from_samples
@@ -187,6 +195,15 @@ def ratio_figures(name: str, turns: Turns) -> Iterator[Figure]:
         "decisions_vs_ogenai", f"{decisions}onnxruntime-genai, equal output", OGENAI, corrected_ratio, ogenai_target
     )
     yield ratio("decisions_vs_ogenai_raw", f"{decisions}onnxruntime-genai, as measured", OGENAI, raw_ratio)
+    yield ratio(
+        "processor_vs_llamacpp", "processor time of a decision, llama.cpp / ours, as measured", LLAMA, processor_ratio
+    )
+    yield ratio(
+        "processor_vs_ogenai",
+        "processor time of a decision, onnxruntime-genai / ours, as measured",
+        OGENAI,
+        processor_ratio,
+    )
     memory_target = AT_MOST_EVEN if targets else None
     yield ratio("rss_vs_llamacpp", "peak memory, ours / llama.cpp", LLAMA, _memory_ratio, memory_target)
     yield ratio("rss_vs_ogenai", "peak memory, ours / onnxruntime-genai", OGENAI, _memory_ratio)
@@ -254,6 +271,9 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
                 value, spread = from_samples(means)
                 unit = "tokens" if what.endswith("tokens") else "ms"
                 yield Figure(f"{key}_{what}", f"{title}, {words}", value, unit, None, spread)
+        if all(run.processor_s for run in found):
+            words = "processor time of a decision, all cores together"
+            yield _of_runs(f"{key}_processor_ms", f"{title}, {words}", found, processor_ms, "ms")
         yield _of_runs(f"{key}_rss_mb", f"{title}, peak memory", found, lambda run: run.peak_rss_bytes / MB, "MB")
         if engine != OURS:
             words = "from the process's start to the first decision"

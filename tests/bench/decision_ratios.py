@@ -42,6 +42,16 @@ def raw_ratio(theirs: EngineRun, ours: EngineRun) -> float:
     return mean_latency_ms(theirs.answers) / mean_latency_ms(ours.answers)
 
 
+def processor_ms(run: EngineRun) -> float:
+    """Processor time of a decision, over all cores: what a gateway's other programs and its battery feel."""
+    return 1000 * run.processor_s / len(run.answers)
+
+
+def processor_ratio(theirs: EngineRun, ours: EngineRun) -> float | None:
+    """The peer's processor time over ours, as measured; None where one was not asked."""
+    return processor_ms(theirs) / processor_ms(ours) if theirs.processor_s and ours.processor_s else None
+
+
 def corrected_ratio(theirs: EngineRun, ours: EngineRun) -> float:
     """The peer's time over ours, at equal output."""
     return equal_output_ms(theirs.answers, ours.answers) / mean_latency_ms(ours.answers)

@@ -104,6 +104,7 @@ class EngineRun:
         first_decision_s: from the process's start to its first answer.
         peak_rss_bytes: the kernel's high-water mark after the measured events, before the backlog.
         answers: to the measured events, in order.
+        processor_s: that the measured events took on all cores of the machine together; 0: not asked.
         backlog: None: this run had none.
         prompts_differ: prompts that the engine's own tokenizer spells otherwise.
         plain_token_ms: of a token without a grammar; None: not asked.
@@ -113,6 +114,7 @@ class EngineRun:
     first_decision_s: float
     peak_rss_bytes: int
     answers: tuple[Answered, ...]
+    processor_s: float = 0.0
     backlog: Backlog | None = None
     prompts_differ: int = 0
     plain_token_ms: float | None = None

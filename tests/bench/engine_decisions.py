@@ -53,7 +53,9 @@ def answer_job(bundle: Path, signer: Path | None, job: dict[str, Any], spawned_s
     first_decision_s = time.monotonic() - spawned_s
     for event in warm[1:]:
         engine.decide(task, event, deadline_s=DEADLINE_S)
+    processor_before_s = time.process_time()
     answers = [engine.decide(task, event, deadline_s=DEADLINE_S) for event in measured]
+    processor_s = time.process_time() - processor_before_s
     peak_bytes = peak_rss_bytes()
     started_s = time.monotonic()
     tokens = [answer.tokens_out for answer in answer_backlog(engine, task, backlog)]
@@ -63,6 +65,7 @@ def answer_job(bundle: Path, signer: Path | None, job: dict[str, Any], spawned_s
     return {
         "first_decision_s": first_decision_s,
         "peak_rss_bytes": peak_bytes,
+        "processor_s": processor_s,
         "answers": [_answered(answer) for answer in answers],
         "backlog": {"seconds": backlog_s, "tokens": tokens} if tokens else None,
         "prompts_differ": sum([*prefix, *engine.encode_event(task, p["event"])] != p["ids"] for p in prompts),

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import psutil
+
 from tests.bench.attempts import Say
 from tests.bench.decision_contenders import LlamaServer
 from tests.bench.decision_ratios import equal_output_ms, token_ms
@@ -144,6 +146,11 @@ class Running:
         found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text("ascii"))
         return int(found[1]) * _KIB if found else 0
 
+    def processor_s(self) -> float:
+        """Processor time so far, of all its threads."""
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
+
 
 @contextlib.contextmanager
 def serving(peer: LlamaServer, job: Job, setting: Setting, slots: int) -> Iterator[Running]:
@@ -186,11 +193,20 @@ def one_at_a_time(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
         client.by_ids = differing > 0
         for prompt in job.warm:
             client.answer(prompt)
+        processor_before_s = running.processor_s()
         answers = tuple(client.answer(prompt) for prompt in job.measured)
+        processor_s = running.processor_s() - processor_before_s
         peak_bytes = running.peak_rss_bytes()
         tokens = round(mean(answer.tokens for answer in answers))
         plain_ms = median(client.plain_token_ms(prompt, tokens) for prompt in job.measured[:_PLAIN_EVENTS])
-    return EngineRun(first_decision_s, peak_bytes, answers, prompts_differ=differing, plain_token_ms=plain_ms)
+    return EngineRun(
+        first_decision_s,
+        peak_bytes,
+        answers,
+        processor_s=processor_s,
+        prompts_differ=differing,
+        plain_token_ms=plain_ms,
+    )
 
 
 def all_waiting(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
@@ -219,7 +235,7 @@ def all_waiting(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
         peak_bytes = running.peak_rss_bytes()
     # A token's time is shared by the slots that are answered together.
     backlog = Backlog(seconds, tuple(answer.tokens for answer in answers), token_ms(answers) / SLOTS)
-    return EngineRun(first_decision_s, peak_bytes, answers, backlog)
+    return EngineRun(first_decision_s, peak_bytes, answers, backlog=backlog)
 
 
 def best_setting(peer: LlamaServer, job: Job, say: Say) -> tuple[Setting, dict[str, float]]:

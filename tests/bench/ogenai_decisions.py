@@ -96,10 +96,13 @@ def main() -> int:
     first_decision_s = time.monotonic() - arguments.spawned_at
     for prompt in job["warm"][1:]:
         peer.answer(prompt)
+    processor_before_s = time.process_time()
     answers = [peer.answer(prompt) for prompt in job["measured"]]
+    processor_s = time.process_time() - processor_before_s
     found = {
         "first_decision_s": first_decision_s,
         "peak_rss_bytes": peak_rss_bytes(),
+        "processor_s": processor_s,
         "answers": answers,
         "prompts_differ": peer.differing(job["warm"] + job["measured"] + job["backlog"]),
     }
