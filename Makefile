@@ -59,7 +59,7 @@ check-ansible: $(STAMPS)/dev
 check-units:
 	.ci/check_units.sh
 
-bench: $(STAMPS)/dev ## decisions per second and the exporter's figures, beside their peers' (about 20 minutes; the first time 45)
+bench: $(STAMPS)/dev ## decisions per second and the exporter's figures, beside their peers' (about 16 minutes; the first time 40)
 	$(BIN)/edge-agent bench --bundle $(BUNDLE) $(BENCH_ARGS)
 	$(BIN)/python -m tests.bench.decision_figures $(DECISIONS_ARGS)
 	$(BIN)/python -m tests.bench.export_figures $(FIGURES_ARGS)

@@ -6,7 +6,6 @@ The prompt's text, a grammar that leaves no space to choose about, greedy sampli
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import socket
@@ -14,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -36,7 +36,7 @@ _CONTEXT_STEP = 256
 _READY_LIMIT_S = 120.0
 _POLL_S = 0.005
 _ANSWER_LIMIT_S = 120.0
-_TRIAL_EVENTS = 4
+_TRIAL_EVENTS = 6
 _PLAIN_EVENTS = 2
 
 
@@ -78,6 +78,10 @@ class Client:
         self._grammar = grammar
         self._most_tokens = most_tokens
         self.by_ids = by_ids
+
+    def close(self) -> None:
+        """End the connection."""
+        self._connection.close()
 
     def is_ready(self) -> bool:
         """Whether the server has loaded its model."""
@@ -141,6 +145,10 @@ class Running:
     pid: int
     spawned_s: float
 
+    def client(self, job: Job) -> Client:
+        """A connection of its own."""
+        return Client(self.port, job.gbnf, job.max_answer_tokens)
+
     def peak_rss_bytes(self) -> int:
         """The kernel's high-water mark."""
         found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text("ascii"))
@@ -152,7 +160,7 @@ class Running:
         return float(times.user + times.system)
 
 
-@contextlib.contextmanager
+@contextmanager
 def serving(peer: LlamaServer, job: Job, setting: Setting, slots: int) -> Iterator[Running]:
     """A server, started and stopped.
 
@@ -169,14 +177,15 @@ def serving(peer: LlamaServer, job: Job, setting: Setting, slots: int) -> Iterat
     spawned_s = time.monotonic()
     server = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        client = Client(port, job.gbnf, job.max_answer_tokens)
-        while not client.is_ready():
-            if server.poll() is not None:
-                raise CommandFailedError(f"llama-server ended with {server.returncode} ({setting.name})")
-            if time.monotonic() - spawned_s > _READY_LIMIT_S:
-                raise CommandFailedError(f"llama-server was not ready after {_READY_LIMIT_S:g} s ({setting.name})")
-            time.sleep(_POLL_S)
-        yield Running(port, server.pid, spawned_s)
+        running = Running(port, server.pid, spawned_s)
+        with closing(running.client(job)) as client:
+            while not client.is_ready():
+                if server.poll() is not None:
+                    raise CommandFailedError(f"llama-server ended with {server.returncode} ({setting.name})")
+                if time.monotonic() - spawned_s > _READY_LIMIT_S:
+                    raise CommandFailedError(f"llama-server was not ready after {_READY_LIMIT_S:g} s ({setting.name})")
+                time.sleep(_POLL_S)
+        yield running
     finally:
         server.terminate()
         server.wait()
@@ -184,8 +193,7 @@ def serving(peer: LlamaServer, job: Job, setting: Setting, slots: int) -> Iterat
 
 def one_at_a_time(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
     """A fresh server, one client, the measured events in order."""
-    with serving(peer, job, setting, 1) as running:
-        client = Client(running.port, job.gbnf, job.max_answer_tokens)
+    with serving(peer, job, setting, 1) as running, closing(running.client(job)) as client:
         # The first decision comes before the check of the tokenizer, which is ours and takes its time.
         client.answer(job.warm[0])
         first_decision_s = time.monotonic() - running.spawned_s
@@ -211,27 +219,26 @@ def one_at_a_time(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
 
 def all_waiting(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
     """A fresh server with `SLOTS` slots and as many clients, which take the waiting events as they become free."""
-    with serving(peer, job, setting, SLOTS) as running:
-        clients = [Client(running.port, job.gbnf, job.max_answer_tokens) for _ in range(SLOTS)]
+    with serving(peer, job, setting, SLOTS) as running, ExitStack() as stack:
+        clients = [stack.enter_context(closing(running.client(job))) for _ in range(SLOTS)]
         by_ids = clients[0].differing([*job.warm, *job.backlog]) > 0
         for client in clients:
             client.by_ids = by_ids
-        with ThreadPoolExecutor(SLOTS) as pool:
-            # All at once, so that every slot gets the prefix.
-            started = [pool.submit(client.answer, prompt) for client, prompt in zip(clients, job.warm, strict=False)]
-            first_decision_s = min(_ended_s(future) for future in started) - running.spawned_s
-            free = list(clients)
+        pool = stack.enter_context(ThreadPoolExecutor(SLOTS))
 
-            def answer(prompt: Prompt) -> Answered:
-                client = free.pop()
-                try:
-                    return client.answer(prompt)
-                finally:
-                    free.append(client)
+        def answer(prompt: Prompt) -> Answered:
+            client = clients.pop()
+            try:
+                return client.answer(prompt)
+            finally:
+                clients.append(client)
 
-            started_s = time.monotonic()
-            answers = tuple(pool.map(answer, job.backlog))
-            seconds = time.monotonic() - started_s
+        # As many at once as there are slots, so that every slot gets the prefix.
+        list(pool.map(answer, job.warm[:SLOTS]))
+        first_decision_s = time.monotonic() - running.spawned_s
+        started_s = time.monotonic()
+        answers = tuple(pool.map(answer, job.backlog))
+        seconds = time.monotonic() - started_s
         peak_bytes = running.peak_rss_bytes()
     # A token's time is shared by the slots that are answered together.
     backlog = Backlog(seconds, tuple(answer.tokens for answer in answers), token_ms(answers) / SLOTS)
@@ -263,8 +270,3 @@ def best_setting(peer: LlamaServer, job: Job, say: Say) -> tuple[Setting, dict[s
         raise CommandFailedError("llama-server works with none of the settings")
     fastest = min(found, key=lambda name: found[name])
     return next(setting for setting in SETTINGS if setting.name == fastest), found
-
-
-def _ended_s(future: Any) -> float:
-    future.result()
-    return time.monotonic()

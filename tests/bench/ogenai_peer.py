@@ -20,6 +20,8 @@ BUILDER_NEEDS = ("transformers==5.24.0", "onnx", "onnx-ir", "safetensors", "tqdm
 EXTRA_OPTIONS = ("prune_lm_head=true", "hf_token=false")
 """Logits of the last token alone, as we compute them. Blocks of 32, symmetric, accuracy level 4 and a shared table are
 what the builder takes by itself."""
+PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+"""Instead of one that its tokenizer library cannot read; prompts that it spells otherwise are then given as tokens."""
 TELEMETRY_OFF = {"ORT_DISABLE_TELEMETRY": "1"}
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -58,12 +60,14 @@ def ogenai_model(name: str, checkpoint: Path, python: Path) -> Path:
         "checkpoint": files_digest(checkpoint),
         "packages": (PACKAGE, *BUILDER_NEEDS),
         "options": EXTRA_OPTIONS,
+        "pre_tokenizer": PRE_TOKENIZER,
         "versions": versions_of("torch"),
     }
 
     def make(folder: Path) -> None:
         source, model = folder / "checkpoint", folder / "model"
         shutil.copytree(checkpoint, source)
+        _make_readable(source / "tokenizer.json")
         if not (source / _TOKENIZER_CONFIG).is_file():
             (source / _TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(source)), "utf-8")
         command: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", "-m", name, "-i", source]
@@ -75,6 +79,13 @@ def ogenai_model(name: str, checkpoint: Path, python: Path) -> Path:
         shutil.rmtree(folder / "scratch", ignore_errors=True)
 
     return cached(f"ogenai-model-{name}", key, make) / "model"
+
+
+def _make_readable(tokenizer: Path) -> None:
+    spec = json.loads(tokenizer.read_text("utf-8"))
+    if spec["pre_tokenizer"]["type"] != PRE_TOKENIZER["type"]:
+        spec["pre_tokenizer"] = PRE_TOKENIZER
+        tokenizer.write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
 
 
 def _tokenizer_config(checkpoint: Path) -> dict[str, object]:

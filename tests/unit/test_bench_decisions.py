@@ -28,6 +28,7 @@ from tests.bench.decision_ratios import (
     backlog_ms,
     corrected_ratio,
     equal_output_ms,
+    processor_ratio,
     raw_ratio,
     token_ms,
     without_grammar_ratio,
@@ -93,6 +94,12 @@ def test_an_engine_that_tells_no_times_is_taken_as_measured() -> None:
 def test_a_free_grammar_is_cheaper_than_the_correction() -> None:
     assert without_grammar_ratio(THEIR_RUN, OUR_RUN) == pytest.approx((105 + 29 * 3) / 50)
     assert without_grammar_ratio(OUR_RUN, OUR_RUN) is None
+
+
+def test_processor_time_is_compared_where_both_told_it() -> None:
+    ours, theirs = run(*OUR_RUN.answers, processor_s=0.1), run(*THEIR_RUN.answers, processor_s=0.4)
+    assert processor_ratio(theirs, ours) == pytest.approx(4.0)
+    assert processor_ratio(THEIR_RUN, ours) is None
 
 
 def test_runs_of_different_events_are_never_compared() -> None:
