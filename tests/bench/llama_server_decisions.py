@@ -173,7 +173,9 @@ def serving(peer: LlamaServer, job: Job, setting: Setting, slots: int) -> Iterat
     # Rounded up as the server would, and one step more: it refuses a prompt that fills its context.
     context = slots * (job.context_tokens // _CONTEXT_STEP + 2) * _CONTEXT_STEP
     command = [peer.binary, "--model", peer.gguf, "--host", "127.0.0.1", "--port", port, "--threads", job.threads]
-    command += ["--ctx-size", context, "--parallel", slots, "--cache-ram", 0, "--log-disable", *setting.arguments]
+    # Its weights are repacked as they are read. Read and not mapped, the originals do not count for its memory as well.
+    command += ["--ctx-size", context, "--parallel", slots, "--cache-ram", 0, "--load-mode", "none", "--log-disable"]
+    command += setting.arguments
     spawned_s = time.monotonic()
     server = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
