@@ -9,4 +9,5 @@ strace strace
 systemd-analyze systemd
 git git
 qemu-aarch64-static qemu-user-static
+qemu-x86_64-static qemu-user-static
 END

@@ -15,7 +15,9 @@ PACKAGES = ("edge_agent", "export", "deploy")
 CODE = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*")
 # Calls whose first argument, or whose keyword `code`, names a fault.
 RAISERS = re.compile(r"(Edge|Transient|Permanent|Integrity|Refused)Error|ErrorInfo")
-FILE_SUFFIXES = frozenset({"data", "html", "json", "jsonl", "onnx", "pem", "py", "sqlite", "toml", "yaml"})
+FILE_SUFFIXES = frozenset(
+    {"data", "html", "json", "jsonl", "onnx", "pem", "py", "safetensors", "sqlite", "toml", "yaml"}
+)
 
 
 def error_codes(root: Path = ROOT) -> dict[str, list[str]]:

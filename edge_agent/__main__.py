@@ -102,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--deadline-s", type=_seconds, help="override the task's deadline")
     bench.add_argument("--events", type=Path, help="JSON lines of events (default: the task's golden examples)")
     bench.add_argument("--json", type=Path, help="also write the figures to this file")
-    bench.add_argument("--seconds", type=_seconds, default=10.0, help="time budget of the measured part")
+    bench.add_argument("--seconds", type=_seconds, help="time budget of the measured part (default 10; a sweep: 60)")
+    bench.add_argument(
+        "--sweep-threads", action="store_true", help="print which thread count decides fastest here, and the table"
+    )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     dead.add_argument("action", choices=("list", "retry"))
     dead.add_argument("id", nargs="?", type=_whole(1, _MAX_ROW), help="retry: the dead letter's id")
@@ -143,9 +146,9 @@ def _decide(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _bench(options: argparse.Namespace, _rest: list[str]) -> int:
-    from edge_agent.commands import bench
+    from edge_agent.commands import bench, sweep_threads
 
-    figures = bench(options)
+    figures = sweep_threads(options) if options.sweep_threads else bench(options)
     text = json.dumps(figures, indent=2)
     print(text)
     if options.json:

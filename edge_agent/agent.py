@@ -1,8 +1,8 @@
 """Composition root of the daemon: who is made of what, in which order it starts and stops.
 
-Threads: the network thread and the intake thread belong to the uplink, the updater has one, and the main thread answers
-events. No network thread runs inference; nothing but the main thread takes events out of the inbox; nothing but the
-updater's thread exchanges models.
+Threads: the network thread and the intake thread belong to the uplink, the updater has one, the escalator has one and a
+few that wait for its server, and the main thread answers events. No network thread runs inference; nothing but the main
+thread takes events out of the inbox; nothing but the updater's thread exchanges models.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from edge_agent.answering import Answering, Step
 from edge_agent.contract.messages import InferenceTelemetry, Meta, Reported, Status, now_ms
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, from_os_error
+from edge_agent.escalating import Escalating
 from edge_agent.health.hardware import hardware_facts, hardware_telemetry
 from edge_agent.health.notify import Notifier
 from edge_agent.log import configure, get_logger
-from edge_agent.runtime.serving import ServingWorker
+from edge_agent.runtime.serving import ServingWorker, worker_on
+from edge_agent.runtime.thread_choice import FILE_NAME, ThreadChoice
 from edge_agent.settings import Settings
 from edge_agent.update.updater import Updater
 from edge_agent.updating import ModelExchange
@@ -38,6 +40,7 @@ _log = get_logger(__name__)
 IDLE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.1
 MODEL_ALARM = "model"
+ESCALATION_ALARM = "escalation"
 # Beside the worker's start and the deadline: ending the worker before, writing the decision after.
 _TURN_SPARE_S = 5.0
 # Until the swap back is done, a candidate that failed its probation still answers.
@@ -66,19 +69,31 @@ class Agent:
         self._spool = Spool(
             settings.state_dir / "spool.sqlite", settings.spool, deadletter_topic=self._topics.deadletter
         )
-        self._serving = ServingWorker(settings.worker)
+        threads = ThreadChoice(settings.worker_here, settings.state_dir / FILE_NAME)
+        self._serving = ServingWorker(
+            settings.worker_here, lambda bundle, digest: worker_on(bundle, digest, threads.settings_for(digest))
+        )
         self._accepting = Accepting(self._spool, lambda: self._serving.model.tasks if self._serving.model else {})
-        self._exchange = ModelExchange(self._serving, settings.worker, self._publish_reported, self._announce_model)
+        self._exchange = ModelExchange(self._serving, threads, self._publish_reported, self._announce_model)
         self._updater = Updater(settings.update, settings.state_dir, settings.node.name, self._exchange)
+        self._escalating = Escalating(
+            self._spool, settings.escalation, settings.node, self._topics, self._alarm_escalation
+        )
         self._answering = Answering(
             self._spool,
             self._serving,
             settings.node,
             self._topics,
             on_probation=lambda: self._updater.reported().state in UNPROVEN,
+            escalation=self._escalating,
         )
         self._uplink = MqttUplink(
-            settings.mqtt, self._topics, self._spool, self, drain_per_s=settings.spool.drain_per_s
+            settings.mqtt,
+            self._topics,
+            self._spool,
+            self,
+            drain_per_s=settings.spool.drain_per_s,
+            takes_answers=settings.escalation.mqtt,
         )
         self._notifier = Notifier()
         self._next_telemetry_s = 0.0
@@ -92,6 +107,7 @@ class Agent:
             self._serve_active()
             self._allow_time()
             self._uplink.start()
+            self._escalating.escalator.start()
             updating.start()
             self._notifier.ready(self._headline())
             _log.info("ready", version=VERSION, node=self._topics.base, model=self._model_name())
@@ -103,6 +119,7 @@ class Agent:
             self._draining = True
             self._notifier.stopping()
             self._exchange.stop_trial()
+            self._escalating.escalator.stop()
             self._uplink.stop()
             if updating.ident is not None:
                 updating.join(timeout=10.0)
@@ -183,6 +200,10 @@ class Agent:
         """Take one event (see `Accepting.on_event`)."""
         self._accepting.on_event(task, payload)
 
+    def on_escalation_answer(self, task: str, decision_id: str, payload: bytes) -> None:
+        """Hand an answer to the escalator."""
+        self._escalating.escalator.take_answer(task, decision_id, payload)
+
     def on_desired(self, envelope: bytes) -> None:
         """Hand the desired state to the updater; an empty one changes nothing: the node keeps its model."""
         self._updater.on_desired(envelope)
@@ -204,6 +225,7 @@ class Agent:
             hardware=hardware_facts(),
             execution_providers=facts.providers if facts else (),
             tasks=tuple(model.tasks) if model else (),
+            worker_threads=facts.threads if facts else None,
         )
 
     def _publish_reported(self, reported: Reported) -> None:
@@ -218,12 +240,17 @@ class Agent:
         self._allow_time()
         self._uplink.publish_retained(self._topics.meta, self._meta().model_dump_json().encode())
 
+    def _alarm_escalation(self, error: EdgeError | None) -> None:
+        alarm = b"" if error is None else json.dumps(error.as_dict(), default=str).encode()
+        self._uplink.publish_retained(self._topics.alarm(ESCALATION_ALARM), alarm)
+
     def _publish_telemetry(self) -> None:
         counts = self._serving.counts()
         inference = InferenceTelemetry(
             decisions=counts.decisions,
             errors=counts.errors,
             worker_deaths=self._serving.deaths_total,
+            workers_outgrown=self._serving.outgrown_total,
             p50_ms=counts.latency_ms(0.50),
             p95_ms=counts.latency_ms(0.95),
             passes_per_decision=counts.passes / counts.decisions if counts.decisions else None,

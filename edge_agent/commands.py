@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_agent.contract.event import Event, check_event, event_id, parse_event, printable
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from edge_agent.runtime.engine import Engine
 
 MAX_LINE_BYTES = 1 << 20
+BENCH_S = 10.0
 
 
 def decide(options: argparse.Namespace) -> int:
@@ -50,20 +52,61 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     load_s = time.monotonic() - started_s
     task = _task_of(engine, options.task)
     if options.events:
-        try:
-            lines = options.events.read_bytes().splitlines()
-        except OSError as error:
-            raise from_os_error(error, f"reading {options.events}") from error
-        events = [
-            _event_of_line(line, f"line {n} of {options.events.name}")
-            for n, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        events = _events_of_file(options.events)
     else:
         events = [dict(example.event) for example in engine.golden(task)]
     if not events:
         raise RefusedError("bench.no_events", "no events to measure with: give --events FILE")
-    return {**measure(engine, task, events, seconds=options.seconds), "load_s": round(load_s, 3)}
+    return {**measure(engine, task, events, seconds=options.seconds or BENCH_S), "load_s": round(load_s, 3)}
+
+
+def sweep_threads(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a bundle with every count of threads, as an installation does: ``edge-agent bench --sweep-threads``.
+
+    Returns:
+        ``threads``: what an installation would take, None where the time was too short for every count;
+        ``default_threads``: what is taken without a sweep; ``table``: ``threads``, ``p50_ms``, ``p95_ms`` and
+        ``decisions`` of every count; ``machine`` and ``runtime``, which a choice holds for.
+    """
+    from edge_agent.contract.task import load_task
+    from edge_agent.runtime.bundle import load_trusted_keys, open_signed_bundle
+    from edge_agent.runtime.session import resolve_threads
+    from edge_agent.runtime.thread_choice import runtime_version, this_machine
+    from edge_agent.runtime.thread_sweep import Job, choose_threads, counts_for, golden_jobs, sweep, usable_cores
+    from edge_agent.runtime.worker_process import WorkerProcess
+    from edge_agent.settings import WorkerSettings
+
+    bundle = open_signed_bundle(options.bundle, load_trusted_keys(options.trusted_key))
+    task = _one_task(bundle.manifest.tasks, options.task)
+    if options.events:
+        deadline_s = load_task(bundle.path / "tasks" / task / "task.yaml").deadline_ms / 1000
+        jobs = [Job(task, event, deadline_s) for event in _events_of_file(options.events)]
+    else:
+        jobs = [job for job in golden_jobs(bundle.path) if job.task == task]
+    if not jobs:
+        raise RefusedError("bench.no_events", "no events to measure with: give --events FILE")
+
+    def worker_with(count: int, left_s: float) -> WorkerProcess:
+        return WorkerProcess(bundle.path, bundle.digest, WorkerSettings(threads=count, start_timeout_s=left_s))
+
+    budget_s = options.seconds or WorkerSettings().thread_sweep_s
+    table = sweep(worker_with, jobs, counts_for(usable_cores()), budget_s)
+    return {
+        "threads": choose_threads(table),
+        "default_threads": resolve_threads(0),
+        "table": [
+            {
+                "threads": measured.threads,
+                "p50_ms": round(measured.p50_ms, 3),
+                "p95_ms": round(measured.p95_ms, 3),
+                "decisions": measured.decisions,
+            }
+            for measured in table
+            if measured.visits_ms
+        ],
+        "machine": this_machine(),
+        "runtime": runtime_version(),
+    }
 
 
 def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
@@ -115,11 +158,15 @@ def _open_engine(options: argparse.Namespace) -> Engine:
 
 
 def _task_of(engine: Engine, wanted: str | None) -> str:
-    if wanted is not None and wanted not in engine.tasks:
-        raise RefusedError("task.unknown", f"no task {wanted!r} in this bundle; it has: {', '.join(engine.tasks)}")
-    if wanted is None and len(engine.tasks) != 1:
-        raise RefusedError("task.ambiguous", f"--task is needed: this bundle has {', '.join(engine.tasks)}")
-    return wanted or next(iter(engine.tasks))
+    return _one_task(tuple(engine.tasks), wanted)
+
+
+def _one_task(tasks: tuple[str, ...], wanted: str | None) -> str:
+    if wanted is not None and wanted not in tasks:
+        raise RefusedError("task.unknown", f"no task {wanted!r} in this bundle; it has: {', '.join(tasks)}")
+    if wanted is None and len(tasks) != 1:
+        raise RefusedError("task.ambiguous", f"--task is needed: this bundle has {', '.join(tasks)}")
+    return wanted or tasks[0]
 
 
 def _decide_one(engine: Engine, task: str, raw: bytes | str, deadline_s: float | None) -> dict[str, Any]:
@@ -129,6 +176,14 @@ def _decide_one(engine: Engine, task: str, raw: bytes | str, deadline_s: float |
     event = parse_event(raw, max_bytes=spec.limits.max_event_bytes)
     answer = engine.decide(task, event, deadline_s=deadline_s or spec.deadline_ms / 1000)
     return decision_of(answer, task, event_id(event), engine.model_ref).model_dump(mode="json")
+
+
+def _events_of_file(path: Path) -> list[Event]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
+    return [_event_of_line(line, f"line {n} of {path.name}") for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _event_of_line(line: bytes, where: str) -> Event:

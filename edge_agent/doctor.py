@@ -12,6 +12,7 @@ from edge_agent.contract.event import printable
 from edge_agent.contract.manifest import verify_files
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, TransientError, from_os_error
+from edge_agent.escalation.chat import endpoint_of
 from edge_agent.health.doctor import (
     Check,
     check_certificates,
@@ -22,6 +23,7 @@ from edge_agent.health.doctor import (
     checked,
 )
 from edge_agent.runtime.answer import WorkerFacts
+from edge_agent.runtime.thread_choice import FILE_NAME, ThreadChoice
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import Settings, load_settings
 from edge_agent.update.slots import InstalledBundle, Slots
@@ -62,6 +64,7 @@ def _all_checks(config: Path | None, arguments: Sequence[str]) -> list[Check]:
         check_clock(),
         *check_certificates(settings.mqtt),
         checked("broker", lambda: _broker(settings, topics)),
+        checked("escalation", lambda: _escalation(settings)),
         checked("trust", lambda: _trust(settings)),
     ]
     return [*checks, *_bundle_checks(settings), check_hardware()]
@@ -70,6 +73,15 @@ def _all_checks(config: Path | None, arguments: Sequence[str]) -> list[Check]:
 def _broker(settings: Settings, topics: NodeTopics) -> str:
     facts = check_broker(settings.mqtt, topics)
     return f"{settings.mqtt.host}:{settings.mqtt.port} speaks MQTT {facts.protocol}"
+
+
+def _escalation(settings: Settings) -> str:
+    """Whether what the model is unsure of could be asked elsewhere; nothing of any event is shown for this."""
+    over_mqtt = ", over MQTT as tasks say" if settings.escalation.mqtt else ""
+    endpoint = endpoint_of(settings.escalation)
+    if endpoint is None:
+        return over_mqtt.removeprefix(", ") or "not configured: unsure answers are published as abstained"
+    return f"{settings.escalation.base_url} {endpoint.probe()}{over_mqtt}"
 
 
 def _trust(settings: Settings) -> str:
@@ -108,7 +120,8 @@ def _files(active: InstalledBundle) -> str:
 
 def _inference(settings: Settings, active: InstalledBundle) -> str:
     """Load the bundle in a worker of its own and run its golden examples: the proof that this machine can decide."""
-    worker = WorkerProcess(active.path, active.digest, settings.worker)
+    threads = ThreadChoice(settings.worker, settings.state_dir / FILE_NAME)
+    worker = WorkerProcess(active.path, active.digest, threads.settings_for(active.digest))
     try:
         facts = worker.start()
         outcome = worker.run_golden()

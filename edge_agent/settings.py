@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -27,6 +28,7 @@ from edge_agent.errors import PermanentError
 DEFAULT_CONFIG = Path("/etc/edge-agent/config.toml")
 ENV_PREFIX = "EDGE_AGENT_"
 DECISION_LEVELS = ("enterprise", "site", "area", "line", "cell", "node", "task")
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -123,8 +125,29 @@ class SpoolSettings(_Section):
 class WorkerSettings(_Section):
     """The inference worker process."""
 
-    threads: int = Field(default=0, ge=0, le=256, description="0: half the cores, at least one, at most four")
+    threads: int = Field(
+        default=0, ge=0, le=256, description="0: what an installation's sweep found, else half the cores, one to four"
+    )
+    thread_sweep_s: float = Field(
+        default=60.0, ge=0, description="an installation measures thread counts for this long at most; 0: never"
+    )
+    niceness: int = Field(default=0, ge=0, le=19, description="how far the worker stands back for other programs")
     memory_limit_bytes: int = Field(default=2 << 30, ge=64 << 20, description="address-space growth past the load")
+    rss_limit_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="a larger worker is replaced between two events; 0: 256 MiB and half beyond the load",
+    )
+    together: int = Field(default=4, ge=1, le=16, description="waiting events that may share passes; 1: none do")
+    event_cache_bytes: int = Field(
+        default=16 << 20, ge=0, description="what events of a task begin with, kept to skip it; 0: nothing is kept"
+    )
+    decision_cache_bytes: int = Field(
+        default=8 << 20, ge=0, description="answers to repeated events of a task; 0: each is decided anew"
+    )
+    prefix_dir: Path | None = Field(
+        default=None, description="states of prompts' prefixes, kept over restarts; default: prefixes in state_dir"
+    )
     start_timeout_s: Positive = Field(default=60.0, description="from the start of the process to a loaded bundle")
     restart_backoff_max_s: Positive = Field(default=30.0, description="longest pause before a dead worker's restart")
 
@@ -155,6 +178,43 @@ class UpdateSettings(_Section):
         return value
 
 
+class EscalationSettings(_Section):
+    """Who may be asked about what the model is unsure of. By default nobody is, and nothing is connected."""
+
+    base_url: str | None = Field(default=None, description="OpenAI-compatible server, as in https://llm.example/v1")
+    model: str | None = Field(default=None, description="model name at that server; together with base_url")
+    api_key_file: Path | None = Field(default=None, description="mode 0600; sent as a bearer token, over https only")
+    ca_file: Path | None = Field(default=None, description="authorities that the server must be signed by; PEM")
+    mqtt: bool = Field(default=False, description="tasks may ask on <base>/escalations; answers are subscribed")
+    timeout_max_s: Positive = Field(default=3600.0, description="cap of every task's timeout_s")
+    concurrency: int = Field(default=2, ge=1, le=16, description="requests to the server at a time")
+    answer_max_tokens: int = Field(default=1024, ge=16, description="the server stops an answer here")
+    pending_max: int = Field(
+        default=1000, ge=1, description="escalations that wait; beyond it the best guess is published"
+    )
+    pending_max_bytes: int = Field(default=16 << 20, ge=65_536, description="as pending_max, in bytes")
+
+    @model_validator(mode="after")
+    def _server_is_whole(self) -> EscalationSettings:
+        if (self.base_url is None) != (self.model is None):
+            raise ValueError("base_url and model go together")
+        if self.base_url is None:
+            if self.api_key_file is not None or self.ca_file is not None:
+                raise ValueError("api_key_file and ca_file need base_url")
+            return self
+        try:
+            parts = urlsplit(self.base_url)
+            _ = parts.port
+        except ValueError as error:
+            raise ValueError(f"base_url is malformed: {error}") from error
+        is_plain = self.base_url.isascii() and self.base_url.isprintable() and not set(self.base_url) & set(" ?#@")
+        if parts.scheme not in {"http", "https"} or not parts.hostname or not is_plain:
+            raise ValueError("base_url must be http(s)://host[:port]/path in ASCII, without credentials or query")
+        if self.api_key_file is not None and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            raise ValueError("api_key_file needs https: over http everyone on the line could read the key")
+        return self
+
+
 class TelemetrySettings(_Section):
     """Metrics on ``tele/*``."""
 
@@ -183,8 +243,15 @@ class Settings(BaseSettings):
     spool: SpoolSettings = SpoolSettings()
     worker: WorkerSettings = WorkerSettings()
     update: UpdateSettings = UpdateSettings()
+    escalation: EscalationSettings = EscalationSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def worker_here(self) -> WorkerSettings:
+        """The worker section with its places below ``state_dir``."""
+        prefix_dir = self.worker.prefix_dir or self.state_dir / "prefixes"
+        return self.worker.model_copy(update={"prefix_dir": prefix_dir})
 
 
 def load_settings(config: Path | None, arguments: Sequence[str] = ()) -> Settings:

@@ -16,7 +16,7 @@ from edge_agent.errors import TransientError
 from edge_agent.log import get_logger
 from edge_agent.runtime.answer import GoldenOutcome, WorkerFacts
 from edge_agent.runtime.serving import ServingWorker, worker_on
-from edge_agent.settings import WorkerSettings
+from edge_agent.runtime.thread_choice import ThreadChoice
 from edge_agent.update.ports import Interrupted, ProbationCounts, TrialResult
 
 _log = get_logger(__name__)
@@ -45,7 +45,7 @@ class ModelExchange:
 
     Args:
         serving: the worker that answers now.
-        settings: for the side worker of a trial.
+        threads: the worker section with the thread counts of this device; a trial measures the candidate's.
         publish: takes every report.
         announce: called when another model answers, or none.
         available_bytes: memory that a second worker may use; default: what the kernel says is available.
@@ -55,14 +55,17 @@ class ModelExchange:
     def __init__(
         self,
         serving: ServingWorker,
-        settings: WorkerSettings,
+        threads: ThreadChoice,
         publish: Callable[[Reported], None],
         announce: Callable[[], None],
         available_bytes: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
         side_worker: Callable[[Path, str], SideWorker] | None = None,
     ) -> None:
         self._serving = serving
-        self._side_worker = side_worker or (lambda bundle, digest: worker_on(bundle, digest, settings))
+        self._side_worker = side_worker or (
+            lambda bundle, digest: worker_on(bundle, digest, threads.settings_for(digest))
+        )
+        self._threads = threads
         self._side: SideWorker | None = None
         self._stopping = threading.Event()
         self._publish = publish
@@ -70,7 +73,7 @@ class ModelExchange:
         self._available_bytes = available_bytes
 
     def trial(self, bundle_dir: Path, digest: str) -> TrialResult:
-        """Load the candidate in a side worker and run its golden examples.
+        """Load the candidate in a side worker and run its golden examples; of one that passes, measure thread counts.
 
         Where memory cannot hold both models the serving worker makes room, and events wait in the inbox.
 
@@ -78,7 +81,7 @@ class ModelExchange:
             EdgeError: the candidate could not be run.
             Interrupted: the trial was cut off by `stop_trial`.
         """
-        with self._room_for(bundle_dir, digest):
+        with self._room_for(bundle_dir, digest) as is_beside:
             self._side = worker = self._side_worker(bundle_dir, digest)
             try:
                 worker.start()
@@ -91,6 +94,11 @@ class ModelExchange:
             finally:
                 self._side = None
                 worker.stop()
+            # Not where events wait for the memory: an outage is not made longer for a few per cent of speed.
+            if is_beside and outcome.total and not outcome.wrong:
+                self._threads.sweep(bundle_dir, digest)
+        if self._stopping.is_set():
+            raise Interrupted("stop")
         if outcome.wrong:
             detail = f"first, example {outcome.wrong[0].index} of {outcome.wrong[0].task}"
         else:
@@ -107,6 +115,7 @@ class ModelExchange:
     def stop_trial(self) -> None:
         """End a trial under way, from any thread: the daemon stops. That says nothing about the candidate."""
         self._stopping.set()
+        self._threads.stop()
         side = self._side
         if side is not None:
             side.stop()
@@ -124,21 +133,24 @@ class ModelExchange:
             return
         with self._room_for(bundle_dir, digest):
             self._serving.exchange(bundle_dir, digest)
-        _log.info("model_in_service", bundle=str(bundle_dir), digest=digest[:12])
+        facts = self._serving.last_facts
+        _log.info(
+            "model_in_service", bundle=str(bundle_dir), digest=digest[:12], threads=facts.threads if facts else None
+        )
         self._announce()
 
     @contextlib.contextmanager
-    def _room_for(self, bundle_dir: Path, digest: str) -> Iterator[None]:
-        """Pause the serving worker where memory cannot hold a second model beside it."""
+    def _room_for(self, bundle_dir: Path, digest: str) -> Iterator[bool]:
+        """Pause the serving worker where memory cannot hold a second model beside it; whether it could."""
         manifest, _ = read_manifest(bundle_dir)
         is_tight = self._available_bytes() < manifest.resources.ram_bytes + _SPARE_BYTES
         if self._serving.model is None or not is_tight:
-            yield
+            yield True
             return
         _log.warning("no_memory_for_two_models", digest=digest[:12])
         self._serving.pause()
         try:
-            yield
+            yield False
         finally:
             self._serving.resume()
 

@@ -7,12 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError
 from export.boards import load_boards
-from export.commands.build import add_build, only, quiet_libraries
+from export.commands.build import add_build
+from export.commands.evaluate import add_eval
 from export.commands.report import add_report
 from export.commands.shrink import add_commands as add_shrink
 
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     targets = commands.add_parser("targets", help="list targets and how far each was verified")
     targets.add_argument("--json", action="store_true")
     targets.set_defaults(command=_targets)
-    _add_eval(commands)
+    add_eval(commands)
     synth = commands.add_parser(
         "synth",
         help="write a random-weight checkpoint of a published shape",
@@ -70,22 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("folder", type=Path)
     synth.set_defaults(command=_synth)
     return parser
-
-
-def _add_eval(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "eval",
-        help="measure a bundle on labelled events",
-        description='Answer JSON lines of {"event": {...}, "decision": {...}} with the device\'s own engine.',
-        epilog="example: edge-export eval ./bundle --data heldout.jsonl --json",
-    )
-    evaluate.add_argument("bundle", type=Path)
-    evaluate.add_argument("--data", required=True, type=Path, metavar="FILE.jsonl")
-    evaluate.add_argument("--task", help="needed when the bundle has several")
-    evaluate.add_argument("--limit", type=int, help="only the first N events")
-    evaluate.add_argument("--oracle", action="store_true", help="use the slow reference decoder instead of the engine")
-    evaluate.add_argument("--json", action="store_true")
-    evaluate.set_defaults(command=_eval)
 
 
 def _sign(arguments: argparse.Namespace) -> int:
@@ -103,34 +86,7 @@ def _targets(arguments: argparse.Namespace) -> int:
     for board in boards.values():
         precisions = ", ".join(board.precisions) or "-"
         buildable = "yes" if board.buildable else "no"
-        print(f"{board.name:<12} {buildable:<4} {board.verification:<11} {precisions:<13} {board.note}")
-    return 0
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    from edge_agent.contract.task import load_task
-    from export.proof.evaluate import evaluate, read_labelled
-    from export.proof.measure import bundle_backend
-
-    quiet_libraries()
-    manifest, digest = read_manifest(arguments.bundle)
-    task_name = arguments.task or only(manifest.tasks)
-    task = load_task(arguments.bundle / "tasks" / task_name / "task.yaml")
-    rows = read_labelled(arguments.data, task, arguments.limit)
-    with bundle_backend(arguments.bundle, task, oracle=arguments.oracle) as decide:
-        quality = evaluate(decide, rows, task)
-    if arguments.json:
-        precision = manifest.model.precision
-        print(json.dumps({"task": task_name, "precision": precision, "digest": digest, **quality.as_dict()}, indent=2))
-        return 0
-    print(f"{manifest.name} {manifest.version} ({manifest.model.precision}), task {task_name}, {quality.rows} events")
-    print(f"{'field':<16}{'accuracy':>9}{'ECE':>8}")
-    for name, share in quality.accuracy.items():
-        print(f"{name:<16}{share:>9.2%}{quality.ece[name]:>8.3f}")
-    print(f"{'every field':<16}{quality.exact:>9.2%}")
-    print(
-        f"{'confident':<16}{quality.answered:>9.2%}  of events; right in every field: {quality.exact_when_answered:.2%}"
-    )
+        print(f"{board.name:<12} {buildable:<4} {board.verification:<11} {precisions:<16} {board.note}")
     return 0
 
 

@@ -31,7 +31,7 @@ class Parts:
         identity: name, version, target.
         checkpoint: where the weights came from.
         tasks: the tasks.
-        model: folder with ``model/…`` and ``spec.json``.
+        model: folder with ``model/…``, ``spec.json`` and the adapters that it names.
         minimum_onnxruntime: oldest version that runs the graphs.
         quality: figures for the manifest.
         findings: what stages found out, for the report card.
@@ -67,6 +67,9 @@ def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
         target = folder / MODEL_DIR / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         place(file, target)
+    for name in (spec.adapters or {}).values():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        place(parts.model / name, folder / name)
     place(parts.checkpoint.path / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     for task in parts.tasks:
         for name, source in task.files().items():

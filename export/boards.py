@@ -14,7 +14,7 @@ from edge_agent.errors import PermanentError, RefusedError
 TARGETS_DIR = Path(__file__).parent / "targets"
 
 Verification = Literal["unverified", "compiled", "emulated", "executed"]
-Precision = Literal["int4", "fp32", "a16w8", "a16w4"]
+Precision = Literal["int4", "int8", "fp32", "a16w8", "a16w4"]
 Activations = Literal["float32", "float16", "uint16"]
 Proof = Literal["local", "qemu-arm64", "htp-emulator", "openvino-venv", "gpu"]
 _Tokens = Annotated[int, Field(ge=1)]

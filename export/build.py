@@ -22,6 +22,7 @@ from export.checkpoint.source import open_checkpoint
 from export.pipeline import Pipeline, Progress, StageTiming
 from export.plan import Plan, free_bytes_at, plan, require_work_space
 from export.request import BuildRequest, check_options, read_all_labelled
+from export.stages.adapt import open_adapters
 from export.stages.fixed_shapes import chosen_soc
 from export.stages.package import package
 from export.tasks import check_answers, open_tasks
@@ -133,7 +134,9 @@ def _check(request: BuildRequest, scratch: Path) -> Given:
     context_tokens = min(checkpoint.max_positions, request.max_context_tokens)
     tasks = tuple(open_tasks(request.tasks, context_tokens))
     check_answers(tasks, checkpoint)
-    return Given(board, checkpoint, context_tokens, tasks, read_all_labelled(request.measurement, list(tasks)))
+    labelled = read_all_labelled(request.measurement, list(tasks))
+    adapters = open_adapters(request.adapters, tasks, checkpoint)
+    return Given(board, checkpoint, context_tokens, tasks, labelled, adapters)
 
 
 def _work(out: Path, place: Workplace) -> Path:

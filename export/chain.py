@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edge_agent.fs import sha256_file
 from export.assembly import Parts
 from export.boards import Board
+from export.checkpoint.peft import LoraAdapter
 from export.checkpoint.source import Checkpoint, open_checkpoint
 from export.npu.portable import PORTABLE_NAME
 from export.pipeline import Pipeline
+from export.quantisation.quantize import QuantSettings
 from export.quantisation.sweep import Judge
 from export.request import BuildRequest, Labelled, Measurement
+from export.stages.adapt import adapt, adapter_facts
 from export.stages.fixed_shapes import chosen_soc, compiled_for, fix_shapes
 from export.stages.fuse import fuse
 from export.stages.layout import read_spec
 from export.stages.prove import Candidate, prove
-from export.stages.quantise import quantise, sensitivity_facts
+from export.stages.quantise import quantise, quantise_int8, sensitivity_facts
 from export.stages.reference import portable_graph, reference
 from export.stages.shrink import CHECKPOINT_DIR, shrink, shrink_key, shrinking_facts
 from export.stages.specialise import Speciality, specialise
@@ -37,6 +40,7 @@ class Given:
         context_tokens: longest text.
         tasks: the bundle's tasks.
         labelled: labelled events by task.
+        adapters: LoRA adapters by task.
     """
 
     board: Board
@@ -44,6 +48,7 @@ class Given:
     context_tokens: int
     tasks: tuple[TaskFolder, ...]
     labelled: dict[str, Labelled]
+    adapters: dict[str, LoraAdapter] = field(default_factory=dict)
 
 
 class Chain:
@@ -71,10 +76,11 @@ class Chain:
         """Everything up to the model that would be shipped."""
         lineage = self._shrink()
         fused = self._fuse()
+        adapted = self._adapt(fused)
         if self._given.board.source == "portable":
             special = self._fix_shapes()
         else:
-            special = self._specialise(*self._quantise(fused))
+            special = self._specialise(*self._quantise(fused), adapted)
         request, given = self._request, self._given
         soc = chosen_soc(given.board, request.soc)
         parts = Parts(
@@ -88,7 +94,9 @@ class Chain:
             lineage=lineage,
         )
         compiled = () if soc is None else (compiled_for(given.board, soc),)
-        return Candidate(parts, fused, request.precision, given.board, request.elsewhere, compiled)
+        isotonic = request.measurement.isotonic
+        full = adapted or fused
+        return Candidate(parts, full, request.precision, given.board, request.elsewhere, compiled, isotonic)
 
     def prove(self, candidate: Candidate) -> Path:
         """What the model is worth."""
@@ -96,6 +104,7 @@ class Chain:
             **self._texts_key,
             "identity": asdict(self._request.identity),
             "quality": self._request.measurement.quality,
+            "isotonic": self._request.measurement.isotonic,
             "board": self._board_key(),
             "elsewhere": [" ".join(one.command) for one in self._request.elsewhere.interpreters(candidate.board)],
         }
@@ -103,7 +112,7 @@ class Chain:
             "prove",
             inputs,
             lambda folder: prove(candidate, self._given.labelled, folder, self._say),
-            after=("fuse", "specialise"),
+            after=("fuse", "specialise"),  # what *adapt* made has gone into the latter's key
         )
 
     def _shrink(self) -> tuple[dict[str, Any], ...]:
@@ -133,11 +142,27 @@ class Chain:
             after=("reference",),
         )
 
+    def _adapt(self, fused: Path) -> Path | None:
+        """The fp32 graph with its tasks' adapters, where there are any."""
+        checkpoint, adapters = self._given.checkpoint, self._given.adapters
+        if not adapters:
+            return None
+        folder = self._pipeline.stage(
+            "adapt",
+            {task: adapter.file_hashes for task, adapter in adapters.items()},
+            lambda folder: adapt(checkpoint, adapters, fused, folder, self._say),
+            after=("fuse",),
+        )
+        self._findings |= adapter_facts(folder)
+        return folder
+
     def _quantise(self, fused: Path) -> tuple[Path, str]:
         """The quantised model and the stage that it came from."""
         if self._request.precision == "fp32":
             return fused, "fuse"
         settings, share = self._request.quantisation, self._request.int8_share
+        if self._request.precision == "int8":
+            return self._quantise_int8(fused, settings), "quantise"
         after: tuple[str, ...] = ("fuse",)
         if self._request.sweep_s is not None:
             swept = self._sweep(fused, self._request.sweep_s)
@@ -153,6 +178,14 @@ class Chain:
         self._findings |= sensitivity_facts(folder)
         return folder, "quantise"
 
+    def _quantise_int8(self, fused: Path, settings: QuantSettings) -> Path:
+        return self._pipeline.stage(
+            "quantise",
+            {**asdict(settings), "precision": "int8", **(self._texts_key if settings.needs_texts else {})},
+            lambda folder: quantise_int8(fused, settings, self._texts(), folder, self._say),
+            after=("fuse",),
+        )
+
     def _sweep(self, fused: Path, budget_s: float) -> Path:
         return self._pipeline.stage(
             "sweep",
@@ -161,13 +194,13 @@ class Chain:
             after=("fuse",),
         )
 
-    def _specialise(self, shipped: Path, upstream: str) -> Path:
+    def _specialise(self, shipped: Path, upstream: str, adapted: Path | None) -> Path:
         speciality = self._speciality()
         return self._pipeline.stage(
             "specialise",
             {**self._texts_key, **self._request.graph.as_key(), "board": self._board_key()},
-            lambda folder: specialise(speciality, shipped, folder, self._say),
-            after=(upstream,),
+            lambda folder: specialise(speciality, shipped, folder, self._say, adapted),
+            after=(upstream, *([] if adapted is None else ["adapt"])),
         )
 
     def _fix_shapes(self) -> Path:
@@ -198,8 +231,9 @@ class Chain:
         return None
 
     def _speciality(self) -> Speciality:
+        given = self._given
         return Speciality(
-            self._given.board, self._request.graph, self._given.checkpoint, self._given.tasks, self._texts()
+            given.board, self._request.graph, given.checkpoint, given.tasks, self._texts(), given.adapters
         )
 
     def _texts(self) -> TaskTexts:

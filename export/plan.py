@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from edge_agent.fs import require_space
 from export.boards import Board
 from export.checkpoint.source import Checkpoint
+from export.quantisation.int8_rows import LABEL
 from export.quantisation.quantize import QuantSettings
 from export.request import BuildRequest
 from export.tasks import TaskFolder
@@ -122,6 +123,14 @@ def int4_bytes(weights: Weights, settings: QuantSettings) -> int:
     return int((weights.matrices + weights.table + weights.head) * bits / 8) + 4 * weights.vectors
 
 
+def int8_bytes(weights: Weights, settings: QuantSettings) -> int:
+    """Size of the graph with projections in eight bits: a byte a weight, embedding and head as in the INT4 graph.
+
+    The scales, one an output, are left out: two bytes beside hundreds.
+    """
+    return weights.matrices + int4_bytes(replace(weights, matrices=0), settings)
+
+
 def plan(
     request: BuildRequest, checkpoint: Checkpoint, board: Board, tasks: Sequence[TaskFolder], free_bytes: int
 ) -> Plan:
@@ -146,6 +155,9 @@ def plan(
         Step("reference", "record what transformers answers", recording_bytes, TORCH_BYTES + fp32_bytes),
         Step("fuse", "fused fp32 graph, held against the recording", fp32_bytes, TORCH_BYTES + 3 * fp32_bytes),
     ]
+    if request.adapters:
+        does = f"{len(request.adapters)} adapter(s), held against merged weights"
+        steps.append(Step("adapt", does, 2 * fp32_bytes, TORCH_BYTES + 3 * fp32_bytes))
     if request.sweep_s is not None:
         steps.append(Step("sweep", f"combinations for {request.sweep_s:.0f} s", 0, TORCH_BYTES + 4 * fp32_bytes))
     if board.source == "portable":
@@ -154,6 +166,9 @@ def plan(
     if request.precision == "int4":
         shipped_bytes = int4_bytes(weights, request.quantisation) + structure_bytes
         steps.append(Step("quantise", request.quantisation.label, shipped_bytes, TORCH_BYTES + 3 * fp32_bytes))
+    if request.precision == "int8":
+        shipped_bytes = int8_bytes(weights, request.quantisation) + structure_bytes
+        steps.append(Step("quantise", LABEL, shipped_bytes, TORCH_BYTES + 3 * fp32_bytes))
     steps += [
         Step("specialise", f"for {board.name}", shipped_bytes, TORCH_BYTES + 2 * shipped_bytes),
         Step(

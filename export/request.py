@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edge_agent.contract.manifest import Name
 from edge_agent.contract.task import GoldenExample
+from edge_agent.contract.thresholds import error_targets
 from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.fs import sha256_file
 from export.boards import Board, Precision
@@ -48,14 +50,16 @@ class Measurement:
     """Labelled events by task name, and figures that were measured before.
 
     Args:
-        calibrate_on: events to fit temperatures on.
+        calibrate_on: events to fit temperatures on, and to choose floors on where the task asks for error targets.
         evaluate_on: events to measure accuracy on, every precision.
         quality: task -> precision -> figures of `export.proof.evaluate.Quality`, taken as they are.
+        isotonic: whether a line may straighten confidences where one temperature does not.
     """
 
     calibrate_on: dict[str, Path] = field(default_factory=dict)
     evaluate_on: dict[str, Path] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    isotonic: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class GraphOptions:
         vocab_heldout: texts of the domain on which the pruned head's reach is measured.
         kv: element type of the caches.
         head: inside the decoder's graph, or a graph of its own.
-        ragged: whether batches may continue by different numbers of tokens.
+        together: whether several events may share a pass, and several positions of a text be scored in one; None:
+            where the target can.
     """
 
     vocabulary: tuple[Path, ...] = ()
@@ -86,12 +91,12 @@ class GraphOptions:
     vocab_heldout: tuple[Path, ...] = ()
     kv: Literal["float32", "int8"] = "float32"
     head: Literal["attached", "split"] = "attached"
-    ragged: bool = False
+    together: bool | None = None
 
     def as_key(self) -> dict[str, Any]:
         """What the graph depends on: content of files, not their names."""
         texts = {name: [sha256_file(file) for file in getattr(self, name)] for name in ("vocabulary", "vocab_heldout")}
-        plain = {name: getattr(self, name) for name in ("vocab_rows", "rare_rows", "kv", "head", "ragged")}
+        plain = {name: getattr(self, name) for name in ("vocab_rows", "rare_rows", "kv", "head", "together")}
         return {**texts, **plain}
 
 
@@ -123,7 +128,7 @@ class BuildRequest:
         tasks: task folders.
         identity: name, version and target.
         precision: of the weights.
-        quantisation: method, block size and exceptions, for INT4.
+        quantisation: method, block size and exceptions, for INT4; of int8 it is embedding and head that are INT4.
         int8_share: share of the weights that may keep eight bits, chosen by measured sensitivity.
         sweep_s: seconds to try combinations for, whose knee is taken in place of ``quantisation``; None: no sweep.
         soc: the chip to compile for; None: the target's first.
@@ -134,6 +139,7 @@ class BuildRequest:
         max_context_tokens: longest text; rotary tables are cut to it.
         measurement: labelled events and figures.
         elsewhere: interpreters of other machines that prove the bundle.
+        adapters: folders of LoRA adapters, as PEFT writes them, by task.
     """
 
     checkpoint: Path
@@ -151,6 +157,7 @@ class BuildRequest:
     max_context_tokens: int = 2048
     measurement: Measurement = field(default_factory=Measurement)
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def check_options(request: BuildRequest, board: Board) -> None:
@@ -171,9 +178,28 @@ def check_options(request: BuildRequest, board: Board) -> None:
         raise RefusedError(
             "export.option_unsuitable", f"{board.name} has static graphs: no pruned or split head, no other caches"
         )
+    if request.measurement.isotonic and not request.measurement.calibrate_on:
+        raise RefusedError("export.usage", "--isotonic needs --calibrate-on: a line is drawn through labelled events")
+    if request.adapters:
+        _check_adapters(request, board)
     for file in (*request.graph.vocabulary, *request.graph.vocab_heldout):
         if not file.is_file():
             raise PermanentError("export.data_unreadable", f"cannot read {file}: no such file")
+
+
+def _check_adapters(request: BuildRequest, board: Board) -> None:
+    """Refuse what measures the shared weights and would be wrong for a task that adds to them."""
+    unsuitable = {
+        f"{board.name} has static graphs, which take no adapter": board.source == "portable",
+        f"{board.name} computes in float16, whose range was measured without adapters": board.activations == "float16",
+        "--kv int8 scales caches by what the shared weights bring forth": request.graph.kv == "int8",
+        "--sweep scores the shared weights only": request.sweep_s is not None,
+        "--drop-layers and --distil-into change the weights that the adapter was trained on": request.shrinking
+        is not None,
+    }
+    for reason, holds in unsuitable.items():
+        if holds:
+            raise RefusedError("export.option_unsuitable", f"--adapter: {reason}")
 
 
 def read_quality(path: Path) -> dict[str, Any]:
@@ -197,7 +223,7 @@ def read_all_labelled(measurement: Measurement, tasks: list[TaskFolder]) -> dict
     """Read all labelled events before the long work begins.
 
     Raises:
-        RefusedError: ``export.task_unknown``.
+        RefusedError: ``export.task_unknown``, ``export.target_unlabelled`` or ``export.data_repeated``.
         PermanentError: ``export.data_*``.
     """
     known = {task.spec.name for task in tasks}
@@ -209,4 +235,26 @@ def read_all_labelled(measurement: Measurement, tasks: list[TaskFolder]) -> dict
         file = files.get(task.spec.name)
         return read_labelled(file, task.spec) if file else []
 
-    return {t.spec.name: Labelled(rows(measurement.calibrate_on, t), rows(measurement.evaluate_on, t)) for t in tasks}
+    read = {t.spec.name: Labelled(rows(measurement.calibrate_on, t), rows(measurement.evaluate_on, t)) for t in tasks}
+    for task in tasks:
+        _check_targets(measurement, task)
+    return read
+
+
+def _check_targets(measurement: Measurement, task: TaskFolder) -> None:
+    """An error target is kept on labelled events, or it is a wish."""
+    name, targets = task.spec.name, error_targets(task.spec.thresholds)
+    if not targets:
+        return
+    chosen_on, measured_on = measurement.calibrate_on.get(name), measurement.evaluate_on.get(name)
+    if chosen_on is None:
+        # Floors that came with the task were chosen for another model's confidences.
+        raise RefusedError(
+            "export.target_unlabelled",
+            f"task {name!r} asks for max_wrong of {', '.join(targets)}: give labelled events with --calibrate-on",
+        )
+    if measured_on is not None and sha256_file(chosen_on) == sha256_file(measured_on):
+        raise RefusedError(
+            "export.data_repeated",
+            f"task {name!r}: floors would be measured on the very events that they are chosen on; give others",
+        )

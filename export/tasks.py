@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.contract.routing import check_routing
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
 from edge_agent.errors import RefusedError
 from edge_agent.runtime.encoder import TextEncoder
@@ -83,4 +84,5 @@ def open_tasks(folders: Sequence[Path], max_context_tokens: int) -> list[TaskFol
         golden_file = folder / GOLDEN_NAME
         golden = load_golden(golden_file, spec) if golden_file.is_file() else ()
         tasks[spec.name] = TaskFolder(folder, spec, golden)
+    check_routing({name: task.spec for name, task in tasks.items()})
     return list(tasks.values())

@@ -156,6 +156,7 @@ reconnect_max_s = 1.0
 
 [worker]
 restart_backoff_max_s = 1.0
+thread_sweep_s = 0
 
 [update]
 registry_url = "{registry_url}"

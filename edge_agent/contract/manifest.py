@@ -5,7 +5,7 @@ bundle/
   manifest.sig.json       DSSE envelope over the manifest's bytes
   model/decoder.onnx      (+ external weights)
   tokenizer.json
-  tasks/<task>/task.yaml  golden.jsonl  calibration.json
+  tasks/<task>/task.yaml  golden.jsonl  calibration.json  adapter.safetensors
   report.json report.html
 """
 
@@ -72,7 +72,10 @@ class ModelSpec(_Model):
     ``past_key_values.<layer>.key|value`` [batch, kv_heads, past, head_dim]; outputs ``logits`` float [batch, 1, rows]
     (last position only) and ``present.<layer>.key|value``. With ``head``, the decoder gives ``hidden`` float
     [batch, 1, hidden] in place of ``logits``, and the head's graph maps ``hidden`` to ``logits``. With ``ragged``, the
-    decoder also takes ``query_seqlens`` int32 [batch].
+    decoder also takes ``query_seqlens`` int32 [batch]. With ``score_at``, it also takes ``score_at`` int64 [scores, 2]
+    (row and position within the pass of each score), and the first axis of ``logits`` or ``hidden`` is [scores]. With
+    ``adapter_inputs``, it also takes ``<name>.A`` float [columns, rank] and ``<name>.B`` float [rank, rows] of each
+    name; rank may be 0. A device that does not know an input refuses the graph, for it cannot feed it.
 
     Graph interface 2 (static, for NPUs): every shape is fixed. A graph of ``windows`` with T tokens takes
     ``input_ids`` int32 [1, T], ``position_ids`` int32 [1, T], ``attention_bias`` float [1, 1, T, past + T] (0 where a
@@ -88,6 +91,8 @@ class ModelSpec(_Model):
         past_tokens: positions that the static past window holds; interface 2 only.
         vocab_size: token ids of the tokenizer and rows of the embedding; not the head's rows.
         kv_dtype: element type of the caches.
+        adapter_inputs: projections that a task may add a low-rank product to; interface 1 only.
+        adapters: task to the file of its matrices; tasks that are not here use the shared weights as they are.
     """
 
     graph_interface: Literal[1, 2] = 1
@@ -95,6 +100,7 @@ class ModelSpec(_Model):
     head: str | None = None
     head_ids: str | None = None
     ragged: bool | None = None
+    score_at: bool | None = None
     windows: tuple[StaticWindow, ...] | None = None
     past_tokens: int | None = Field(default=None, ge=1)
     tokenizer: str
@@ -108,14 +114,18 @@ class ModelSpec(_Model):
     kv_dtype: Literal["float32", "float16", "int8"] = "float32"
     bos_token_id: int | None = None
     eos_token_id: int
+    adapter_inputs: tuple[str, ...] | None = None
+    adapters: dict[str, str] | None = None
 
     @model_validator(mode="after")
     def _interfaces_apart(self) -> ModelSpec:
         static = self.graph_interface == 2
         if static != bool(self.windows) or static != (self.past_tokens is not None):
             raise ValueError("graph interface 2, and only it, has windows and past_tokens")
-        if static and (self.head is not None or self.ragged):
+        if static and (self.head is not None or self.ragged or self.score_at):
             raise ValueError("a static graph has its head inside and takes one sequence")
+        if (static or not self.adapter_inputs) and self.adapters:
+            raise ValueError("adapters need a graph of interface 1 with adapter_inputs")
         return self
 
     @property
@@ -154,10 +164,13 @@ class Manifest(_Model):
             raise ValueError("a file is listed twice")
         head_ids = filter(None, (self.model.head_ids,))
         tasks = (f"tasks/{task}/task.yaml" for task in self.tasks)
-        needed = [*self.model.graph_files, self.model.tokenizer, *head_ids, *tasks]
+        adapters = self.model.adapters or {}
+        needed = [*self.model.graph_files, self.model.tokenizer, *head_ids, *tasks, *adapters.values()]
         missing = [path for path in needed if path not in paths]
         if missing:
             raise ValueError(f"files named but not listed: {', '.join(missing)}")
+        if strangers := sorted(adapters.keys() - set(self.tasks)):
+            raise ValueError(f"adapters of tasks that are not here: {', '.join(strangers)}")
         return self
 
     @property

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from edge_agent.contract.escalation import Escalation
 from edge_agent.contract.manifest import Name, Sha256
 
 Route = Literal["device", "cache", "rule", "escalated", "abstained"]
@@ -29,6 +30,10 @@ class _Payload(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class ModelRef(_Payload):
     """Which model answered."""
 
@@ -38,7 +43,10 @@ class ModelRef(_Payload):
 
 
 class Decision(_Payload):
-    """What the device decided about one event: the data of the CloudEvents message."""
+    """What the device decided about one event: the data of the CloudEvents message.
+
+    ``specialist`` and ``vetoed`` are left out where there is nothing to say, as they were before there was routing.
+    """
 
     schema_version: Literal[1] = 1
     decision_id: str
@@ -51,8 +59,12 @@ class Decision(_Payload):
     unsure_fields: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
     truncated: bool = False
+    specialist: str | None = Field(default=None, exclude_if=_is_none)
+    vetoed: str | None = Field(default=None, exclude_if=_is_none)
     latency_ms: float
     timestamp_ms: int
+    # Left out where there was none: such a decision looks as it did before there were escalations.
+    escalation: Escalation | None = Field(default=None, exclude_if=lambda escalation: escalation is None)
 
 
 def decision_id(task: str, event_id: str, model_digest: str) -> str:
@@ -86,6 +98,7 @@ class Meta(_Payload):
     hardware: dict[str, Any]
     execution_providers: tuple[str, ...]
     tasks: tuple[str, ...]
+    worker_threads: int | None = None
     commands: tuple[str, ...] = ()
 
 
@@ -146,16 +159,22 @@ class QueueTelemetry(_Payload):
     outbox: int
     dead_letters: int
     dropped: dict[str, int]
+    escalations_pending: int = 0
+    escalations: dict[str, int] = Field(default={}, description="by outcome, since the store was created")
     timestamp_ms: int
 
 
 class InferenceTelemetry(_Payload):
-    """``tele/inference``: since the worker's start; latencies over the last window."""
+    """``tele/inference``: since the worker's start; latencies over the last window.
+
+    ``workers_outgrown`` are those of the ``worker_deaths`` that the agent brought about, because a worker leaked.
+    """
 
     schema_version: Literal[1] = 1
     decisions: int
     errors: int
     worker_deaths: int
+    workers_outgrown: int = 0
     p50_ms: float | None
     p95_ms: float | None
     passes_per_decision: float | None

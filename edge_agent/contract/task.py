@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import Guard, enforce
 from edge_agent.contract.output import Identifier, OutputField, accepts, parse_output_schema
+from edge_agent.contract.routing import Handoff, Veto, check_effects
+from edge_agent.contract.thresholds import Threshold
 from edge_agent.errors import PermanentError, RefusedError
 
 
@@ -78,12 +81,15 @@ class TaskSpec(_Model):
     description: str = ""
     prompt: Prompt
     output: dict[str, Any]
-    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    thresholds: dict[str, Threshold] = {}
     deadline_ms: int = Field(default=2000, ge=10, le=600_000)
     priority: Literal["safety", "normal", "bulk"] = "normal"
     limits: Limits = Limits()
     cache: bool = Field(default=True, description="answer an event that was answered before from memory")
     guards: tuple[Guard, ...] = ()
+    escalation: EscalationSpec | None = Field(default=None, description="absent: unsure answers stay on the device")
+    handoff: tuple[Handoff, ...] = ()
+    veto: Veto | None = None
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -92,12 +98,9 @@ class TaskSpec(_Model):
             if name not in fields:
                 raise ValueError(f"threshold for unknown field {name!r}")
         for guard in self.guards:
-            for name, effect in guard.then.items():
-                if name not in fields:
-                    raise ValueError(f"guard {guard.name!r} sets unknown field {name!r}")
-                wanted = effect.equals if effect.at_least is None else effect.at_least
-                if not accepts(fields[name], wanted):
-                    raise ValueError(f"guard {guard.name!r}: {wanted!r} is not a value of {name!r}")
+            check_effects(f"guard {guard.name!r}", fields, guard.then)
+        if self.veto is not None:
+            check_effects("the veto", fields, self.veto.then)
         return self
 
     @cached_property

@@ -80,6 +80,26 @@ class NodeTopics:
         """A standing alarm (retained; an empty payload clears it)."""
         return f"{self.base}/alarm/{check_level(kind, 'alarm')}"
 
+    def escalation(self, task: str, decision_id: str) -> str:
+        """A question about an event of ``task`` to a person or a service (not retained, QoS 1)."""
+        return f"{self.base}/escalations/{check_level(task, 'task')}/{check_level(decision_id, 'decision id')}"
+
+    def escalation_answer(self, task: str, decision_id: str) -> str:
+        """Where the answer to that question is expected."""
+        return f"{self.base}/escalations-answers/{check_level(task, 'task')}/{check_level(decision_id, 'decision id')}"
+
+    @property
+    def escalation_answers_filter(self) -> str:
+        """Subscription filter for answers."""
+        return f"{self.base}/escalations-answers/+/+"
+
+    def answered(self, topic: str) -> tuple[str, str] | None:
+        """Task and decision id of an answer's topic of this node, else None."""
+        prefix = f"{self.base}/escalations-answers/"
+        task, _, decision_id = topic.removeprefix(prefix).partition("/")
+        is_answer = topic.startswith(prefix) and task and decision_id and "/" not in decision_id
+        return (task, decision_id) if is_answer else None
+
     def task_of(self, topic: str) -> str | None:
         """The task of an ``events/<task>`` topic of this node, else None."""
         prefix = f"{self.base}/events/"

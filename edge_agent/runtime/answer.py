@@ -17,13 +17,18 @@ class Answer:
     Args:
         decision: schema-valid answer, after guards.
         confidence: probability that the model gave to its own value of each field, 0..1 (before guards).
-        route: ``abstained`` when a field is unsure, ``rule`` when a guard changed a confident answer, else ``device``.
+        route: ``abstained`` when a field is unsure, ``rule`` when a guard or a veto changed a confident answer,
+            else ``device``.
         unsure_fields: fields whose confidence is below the task's threshold; their values are a best guess.
+        hopeless_fields: those of them below the task's ``abstain`` floor: no hint, and not worth an escalation.
         guards: names of the guards that changed the decision.
         truncated: whether any of the event's text had to be cut.
         passes: forward passes through the model.
         tokens_out: tokens of the answer, chosen and forced.
         latency_ms: from event to answer, inside the process that ran the model.
+        specialist: the task that the event was handed to; its values and confidences are in place of the router's.
+        vetoed: the check that overruled the decision; with a colon and the reason where it could not be asked or was
+            unsure.
     """
 
     decision: dict[str, Any]
@@ -35,6 +40,9 @@ class Answer:
     passes: int
     tokens_out: int
     latency_ms: float
+    hopeless_fields: tuple[str, ...] = ()
+    specialist: str | None = None
+    vetoed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The form that crosses the process boundary."""
@@ -43,7 +51,8 @@ class Answer:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Answer:
         """Inverse of `as_dict` after a trip through JSON (which turns tuples into lists)."""
-        return cls(**{**fields, "unsure_fields": tuple(fields["unsure_fields"]), "guards": tuple(fields["guards"])})
+        lists = {name: tuple(fields[name]) for name in ("unsure_fields", "guards", "hopeless_fields")}
+        return cls(**{**fields, **lists})
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class WorkerFacts:
         tasks: names of the tasks that can be decided.
         prefix_tokens: per task, tokens of the cached prompt prefix.
         threads: intra-op threads.
+        together: events that may share passes; 1: each is answered alone.
         warnings: faults that do not prevent deciding, one sentence each.
     """
 
@@ -66,6 +76,7 @@ class WorkerFacts:
     tasks: tuple[str, ...]
     prefix_tokens: dict[str, int]
     threads: int
+    together: int = 1
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,63 +3,55 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import ModelRef, Route
+from edge_agent.contract.messages import ModelRef
+from edge_agent.contract.routing import check_routing
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
-from edge_agent.errors import PermanentError, RefusedError
+from edge_agent.errors import EdgeError, PermanentError, RefusedError
+from edge_agent.runtime.adapter import task_adapter
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
-from edge_agent.runtime.confidence import load_temperatures
-from edge_agent.runtime.decoder import Decoded, decode
+from edge_agent.runtime.calibration import load_calibration
+from edge_agent.runtime.drafts import PassCost
 from edge_agent.runtime.encoder import TextEncoder
-from edge_agent.runtime.grammar import AnswerPlan, compile_plan
+from edge_agent.runtime.grammar import compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.memory import rss_bytes
-from edge_agent.runtime.prompt import event_prompt
-from edge_agent.runtime.session import KvCache, ModelSession, check_runtime, resolve_threads
+from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
+from edge_agent.runtime.prepared import PreparedTask, Question
+from edge_agent.runtime.prompt import EventPrompt, cut_by_template, event_prompt, rendered_event
+from edge_agent.runtime.routing import OwnAnswer
+from edge_agent.runtime.routing import decide as decide_routed
+from edge_agent.runtime.session import ModelSession, check_runtime, resolve_threads
+from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache, StaticSession
 
 
-@dataclass(frozen=True)
-class PreparedTask:
-    """A task with everything that does not depend on the event.
-
-    Args:
-        spec: the task.
-        plan: its decisions.
-        temperatures: calibration per field.
-        cache: holds the prefix; every event starts at its end again.
-        prefix_tokens: length of the prefix in the cache.
-        golden: its golden examples.
-    """
-
-    spec: TaskSpec
-    plan: AnswerPlan
-    temperatures: dict[str, float]
-    cache: KvCache | StaticCache
-    prefix_tokens: int
-    golden: tuple[GoldenExample, ...]
-
-
 class Engine:
-    """A loaded bundle. Not thread-safe: one event at a time.
+    """A loaded bundle. Not thread-safe: one call at a time.
 
     Args:
         bundle: verified; nothing else is ever loaded.
         threads: intra-op threads; 0 chooses by `resolve_threads`.
+        speed: what is done to be fast.
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
-        PermanentError: ``bundle.unsupported``, ``task.*``, ``worker.out_of_memory``, ``worker.bad_logits``.
+        PermanentError: ``bundle.unsupported``, ``adapter.invalid``, ``task.*``, ``worker.out_of_memory``,
+            ``worker.bad_logits``.
     """
 
-    def __init__(self, bundle: VerifiedBundle, threads: int = 0) -> None:
+    def __init__(self, bundle: VerifiedBundle, threads: int = 0, speed: Speed = Speed()) -> None:  # noqa: B008 - frozen
         started_s = time.monotonic()
         self.bundle = bundle
+        self._speed = speed
+        self._prefixes = PrefixStore(speed.prefix_dir)
+        self._cost = PassCost()
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
         self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
@@ -68,6 +60,7 @@ class Engine:
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
         self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}
+        check_routing(self.tasks)
         self._load_s = time.monotonic() - started_s
 
     @property
@@ -95,6 +88,7 @@ class Engine:
             tasks=tuple(self._tasks),
             prefix_tokens={name: task.prefix_tokens for name, task in self._tasks.items()},
             threads=self.threads,
+            together=min((task.rows for task in self._tasks.values()), default=1),
         )
 
     def prepared(self, task: str) -> PreparedTask:
@@ -114,12 +108,12 @@ class Engine:
         return list(self.prepared(task).golden)
 
     def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
-        """Decide one event.
+        """Decide one event, with the specialist and the check that the task declares.
 
         Args:
             task: one of `tasks`.
             event: a flat event.
-            deadline_s: seconds from now after which no further pass begins.
+            deadline_s: seconds from now after which no further pass begins, and the one under way ends.
 
         Returns:
             A schema-valid answer.
@@ -128,12 +122,76 @@ class Engine:
             RefusedError: ``task.unknown``, ``event.*``.
             PermanentError: ``worker.deadline``, ``worker.bad_logits``, ``worker.out_of_memory``, ``worker.inference``.
         """
+        (answer,) = self.decide_many(task, [event], deadline_s=deadline_s)
+        if isinstance(answer, EdgeError):
+            raise answer
+        return answer
+
+    def decide_many(self, task: str, events: Sequence[Event], *, deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait, several in a pass where the graph allows it.
+
+        An event is answered as it would be alone, but for the rounding of other kernels.
+
+        Args:
+            task: one of `tasks`.
+            events: flat events, the most urgent first.
+            deadline_s: seconds from now after which no further pass begins, and the one under way ends.
+
+        Returns:
+            For each event its answer, or the fault that it alone had (as `decide` raises).
+
+        Raises:
+            RefusedError: ``task.unknown``.
+        """
         started_s = time.monotonic()
+        deadline_at_s = started_s + deadline_s
+        found: list[Answer | EdgeError] = []
+        for event, own in zip(events, self._own_answers(task, events, deadline_at_s), strict=True):
+            try:
+                if isinstance(own, EdgeError):
+                    raise own
+                found.append(
+                    decide_routed(self._own_answer, own, event, started_s=started_s, deadline_at_s=deadline_at_s)
+                )
+            except EdgeError as error:
+                found.append(error)
+        return found
+
+    def _own_answer(self, task: str, event: Event, deadline_at_s: float) -> OwnAnswer:
+        (own,) = self._own_answers(task, [event], deadline_at_s)
+        if isinstance(own, EdgeError):
+            raise own
+        return own
+
+    def _own_answers(self, task: str, events: Sequence[Event], deadline_at_s: float) -> list[OwnAnswer | EdgeError]:
+        """What one task's model says of events, each by itself: from memory, or in passes that they share."""
         prepared = self.prepared(task)
-        prompt = event_prompt(prepared.spec, event, self._encoder.encode)
-        prepared.cache.rewind(prepared.prefix_tokens)
-        decoded = decode(prepared.cache, prepared.plan, prompt.ids, prepared.temperatures, started_s + deadline_s)
-        return _conclude(prepared.spec, event, decoded, truncated=prompt.truncated, started_s=started_s)
+        found: dict[int, OwnAnswer | EdgeError] = {}
+        waiting: list[tuple[int, str, EventPrompt]] = []
+        for place, event in enumerate(events):
+            try:
+                rendered = rendered_event(prepared.spec, event)
+                known = prepared.answers.get(rendered)
+                if known is None:
+                    prompt = event_prompt(prepared.spec, event, self._encoder.encode, rendered)
+                    waiting.append((place, rendered, prompt))
+                else:
+                    truncated = cut_by_template(prepared.spec, event)
+                    found[place] = OwnAnswer(prepared.spec, prepared.calibration, known, truncated, is_known=True)
+            except EdgeError as error:
+                found[place] = error
+        for first in range(0, len(waiting), prepared.rows):
+            together = waiting[first : first + prepared.rows]
+            with self._session.limit.until(deadline_at_s):
+                decoded = prepared.decode([Question(prompt.ids, deadline_at_s) for _, _, prompt in together])
+            for (place, rendered, prompt), one in zip(together, decoded, strict=True):
+                if isinstance(one, EdgeError):
+                    found[place] = one
+                    continue
+                if not prompt.shortened:  # else the rendered text does not tell all that the model saw
+                    prepared.answers.put(rendered, one)
+                found[place] = OwnAnswer(prepared.spec, prepared.calibration, one, prompt.truncated)
+        return [found[place] for place in range(len(events))]
 
     def encode_event(self, task: str, event: Event) -> list[int]:
         """Token ids of a rendered event, as `decide` would feed them."""
@@ -158,13 +216,36 @@ class Engine:
                 f"task {name!r} may need {capacity} tokens (prefix {len(prefix)}, event "
                 f"{spec.limits.max_prompt_tokens}, answer {plan.max_tokens}); the model has {limit}",
             )
-        cache = self._session.new_cache(capacity)
-        cache.forward(prefix)
+        cache = self._new_cache(name, capacity)
+        self._fill(cache, name, prefix)
         golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
         # Only listed files were verified, so only they are read.
         golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
-        temperatures = load_temperatures(calibration_file, spec) if self._is_listed(calibration_file) else {}
-        return PreparedTask(spec, plan, temperatures, cache, len(prefix), golden)
+        calibration = load_calibration(calibration_file if self._is_listed(calibration_file) else None, spec)
+        return PreparedTask(spec, plan, calibration, cache, tuple(prefix), golden, self._speed, self._cost)
+
+    def _fill(self, cache: KvCache | StaticCache, task: str, prefix: list[int]) -> None:
+        """Bring the prefix into the cache: from the disk where its state was kept, else by a pass."""
+        if not (isinstance(cache, KvCache) and cache.is_in_memory):
+            cache.forward(prefix)
+            return
+        key = PrefixKey(self.bundle.digest, task, tuple(prefix), self.threads)
+        state = self._prefixes.load(key, cache.segment_shape(len(prefix)), cache.dtype)
+        if state is None:
+            cache.forward(prefix)
+            self._prefixes.save(key, cache.read(0, 0, len(prefix)))
+        else:
+            cache.write(0, 0, state)
+            cache.length = len(prefix)
+        cache.spread(len(prefix))
+
+    def _new_cache(self, task: str, capacity_tokens: int) -> KvCache | StaticCache:
+        if isinstance(self._session, StaticSession):  # has no adapters: the manifest could not say so
+            return self._session.new_cache(capacity_tokens)
+        arrays = task_adapter(self.bundle.path, self.bundle.manifest.model, task)
+        adapter = self._session.load_adapter(arrays) if arrays else None
+        rows = self._speed.together if self._session.spec.score_at else 1
+        return self._session.new_cache(capacity_tokens, rows, adapter)
 
     def _prefix(self, spec: TaskSpec) -> list[int]:
         bos = self.bundle.manifest.model.bos_token_id
@@ -186,24 +267,3 @@ def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | Static
         check_runtime(manifest)
         return StaticSession(bundle.path, manifest.model, manifest.target, threads)
     return ModelSession(bundle.path, manifest, threads)
-
-
-def _conclude(task: TaskSpec, event: Event, decoded: Decoded, *, truncated: bool, started_s: float) -> Answer:
-    unsure = tuple(name for name, floor in task.thresholds.items() if decoded.confidence[name] < floor)
-    decision, guards = task.apply_guards(event, dict(decoded.values))
-    problems = task.check_decision(decision)
-    if problems:
-        # Cannot happen by construction; a decision that reaches a machine is checked all the same.
-        raise PermanentError("worker.invalid_answer", "; ".join(problems))
-    route: Route = "abstained" if unsure else ("rule" if guards else "device")
-    return Answer(
-        decision=decision,
-        confidence=decoded.confidence,
-        route=route,
-        unsure_fields=unsure,
-        guards=tuple(guards),
-        truncated=truncated,
-        passes=decoded.passes,
-        tokens_out=len(decoded.tokens),
-        latency_ms=(time.monotonic() - started_s) * 1000,
-    )

@@ -22,6 +22,9 @@ from edge_agent.errors import (
 )
 
 MAX_FRAME_BYTES = 8 << 20
+LAST_FAULTS = frozenset({"worker.out_of_memory", "worker.bad_logits", "worker.inference"})
+"""After these the worker ends: nothing in its process is trusted with another event, neither its memory nor a device's
+context. The agent starts the next one."""
 _LENGTH = struct.Struct(">I")
 _KINDS: dict[str, type[EdgeError]] = {
     cls.kind: cls for cls in (TransientError, PermanentError, IntegrityError, RefusedError)

@@ -21,35 +21,51 @@ class EventPrompt:
     Args:
         ids: token ids of the rendered event, answer cue included.
         truncated: whether text of the event was left out.
+        shortened: whether it was left out for want of tokens: then the rendered text does not tell all.
     """
 
     ids: list[int]
     truncated: bool
+    shortened: bool = False
 
 
-def event_prompt(task: TaskSpec, event: Event, encode: Encode) -> EventPrompt:
-    """Render and tokenise one event.
+def rendered_event(task: TaskSpec, event: Event) -> str:
+    """The text that the model would see of an event, were there no limit of tokens.
 
     Args:
         task: its template and limits.
         event: a flat event; checked again here, because not every caller parsed it from bytes.
+
+    Raises:
+        RefusedError: ``event.too_large``, ``event.no_known_field`` or a fault of `check_event`.
+    """
+    check_event(event)
+    _check_size(task, event)
+    return task.render(event)
+
+
+def event_prompt(task: TaskSpec, event: Event, encode: Encode, rendered: str | None = None) -> EventPrompt:
+    """Render and tokenise one event.
+
+    Args:
+        task: its template and limits.
+        event: a flat event.
         encode: text to token ids.
+        rendered: what `rendered_event` gave, where it was asked already.
 
     Returns:
         At most ``task.limits.max_prompt_tokens`` ids.
 
     Raises:
-        RefusedError: ``event.too_large``, ``event.too_long``, ``event.no_known_field`` or a fault of `check_event`.
+        RefusedError: ``event.too_long``, or as `rendered_event`.
     """
-    check_event(event)
-    _check_size(task, event)
     limit = task.limits.max_prompt_tokens
-    ids = encode(task.render(event))
+    ids = encode(rendered_event(task, event) if rendered is None else rendered)
     if len(ids) <= limit:
-        return EventPrompt(ids, truncated=_cut_by_template(task, event))
+        return EventPrompt(ids, truncated=cut_by_template(task, event))
     if task.prompt.on_overlong == "refuse":
         raise RefusedError("event.too_long", f"event of {len(ids)} tokens exceeds {limit}", tokens=len(ids))
-    return EventPrompt(_shorten(task, event, encode, limit), truncated=True)
+    return EventPrompt(_shorten(task, event, encode, limit), truncated=True, shortened=True)
 
 
 def _shorten(task: TaskSpec, event: Event, encode: Encode, limit: int) -> list[int]:
@@ -89,7 +105,8 @@ def _text_fields(task: TaskSpec, event: Event) -> list[EventField]:
     return [f for f in task.prompt.event if isinstance(f, EventField) and isinstance(event.get(f.field), str)]
 
 
-def _cut_by_template(task: TaskSpec, event: Event) -> bool:
+def cut_by_template(task: TaskSpec, event: Event) -> bool:
+    """Whether a field is longer than the template shows of it."""
     for item in task.prompt.event:
         value = event.get(item.field) if isinstance(item, EventField) else None
         if not isinstance(item, EventField) or value is None or isinstance(value, bool | float):

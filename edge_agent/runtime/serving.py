@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,10 +20,13 @@ from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError, IntegrityError, TransientError
 from edge_agent.log import get_logger
 from edge_agent.runtime.answer import Answer, WorkerFacts, percentile
+from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 
 FIRST_BACKOFF_S = 0.2
+# What a worker may grow by, resident, before it is taken to leak: an event's buffers are a fraction of this.
+SPARE_RSS_BYTES = 256 << 20
 _LATENCY_WINDOW = 512
 _log = get_logger(__name__)
 
@@ -47,6 +50,10 @@ class Worker(Protocol):
 
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         """Answer one event; raises EdgeError."""
+        ...
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Answer events that wait, each with its answer or its own fault; raises EdgeError when all are lost."""
         ...
 
     def stop(self) -> None:
@@ -96,6 +103,7 @@ class ServingWorker:
 
     Attributes:
         deaths_total: since the start of the agent.
+        outgrown_total: of these, workers that were ended because they had grown too large.
         last_facts: what the newest worker loaded.
         start_fault: why the last restart failed; None once a worker runs again.
     """
@@ -111,6 +119,7 @@ class ServingWorker:
         self._retry_at_s = 0.0
         self._paused = False
         self.deaths_total = 0
+        self.outgrown_total = 0
         self.last_facts: WorkerFacts | None = None
         self.start_fault: EdgeError | None = None
 
@@ -169,10 +178,10 @@ class ServingWorker:
 
         Raises:
             TransientError: ``worker.not_ready`` (no model yet, paused, waiting out a backoff, or a start that failed:
-                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol``,
-                ``worker.out_of_memory``: it was lost over this event, which may be tried again.
+                the worker never saw the event); ``worker.died``, ``worker.stuck``, ``worker.protocol`` and the
+                `LAST_FAULTS`: it was lost over this event, which may be tried again.
             RefusedError: the event or task is at fault.
-            PermanentError: the model is at fault (``worker.deadline``, ``worker.bad_logits``).
+            PermanentError: the model is at fault (``worker.deadline``).
         """
         with self._lock:
             worker, model = self._running_worker()
@@ -180,9 +189,44 @@ class ServingWorker:
                 answer = worker.decide(task, event, deadline_s)
             except EdgeError as error:
                 self._count_failure(worker, error)
+                self._end_outgrown()
                 raise
             self._count_answer(answer)
+            self._end_outgrown()
             return answer, model.ref
+
+    def decide_many(
+        self, task: str, events: Sequence[Event], deadline_s: float
+    ) -> tuple[list[Answer | EdgeError], ModelRef]:
+        """Answer events that wait, as `decide` would each of them.
+
+        Returns:
+            For each event its answer or its own fault, and the model that gave them.
+
+        Raises:
+            TransientError: as `decide`: the worker was lost over one of them, nobody knows which.
+            RefusedError: ``task.unknown``.
+        """
+        with self._lock:
+            worker, model = self._running_worker()
+            try:
+                found = worker.decide_many(task, events, deadline_s)
+            except EdgeError as error:
+                self._count_failure(worker, error)
+                self._end_outgrown()
+                raise
+            for one in found:
+                if isinstance(one, EdgeError):
+                    self._count_failure(worker, one)
+                else:
+                    self._count_answer(one)
+            self._end_outgrown()
+            return found, model.ref
+
+    @property
+    def together(self) -> int:
+        """Events that the model can answer together; 1 before it is known."""
+        return self.last_facts.together if self.last_facts is not None else 1
 
     def keep_alive(self) -> None:
         """Restart a worker that died between two events, so that the next event does not pay for the load.
@@ -251,6 +295,20 @@ class ServingWorker:
         if error.kind != "refused":
             # A refused event is the sender's fault and says nothing about the model.
             self._counts.errors += 1
+
+    def _end_outgrown(self) -> None:
+        """End a worker that leaks: here, between two events, where none is lost by it."""
+        pid = None if self._worker is None else self._worker.pid
+        size = None if pid is None else rss_bytes(pid)
+        if size is None or self.last_facts is None:
+            return
+        loaded = self.last_facts.rss_bytes
+        limit = self._settings.rss_limit_bytes or loaded + max(loaded // 2, SPARE_RSS_BYTES)
+        if size > limit:
+            _log.error("worker_outgrown", rss_bytes=size, limit_bytes=limit, loaded_bytes=loaded)
+            self.outgrown_total += 1
+            # A death like any other: in probation it counts against the candidate.
+            self._count_death()
 
     def _count_death(self) -> None:
         self._counts.worker_deaths += 1

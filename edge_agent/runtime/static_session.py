@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from edge_agent.contract.manifest import MASKED_BIAS, ModelSpec, Target
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.head_rows import read_head_rows
+from edge_agent.runtime.kv_cache import Logits
+from edge_agent.runtime.library_errors import map_library_error
+from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import check_loaded, use_provider
-from edge_agent.runtime.session import Logits, map_library_error
 
 PADDING_ID = 0
 """Fills the rest of a window; any id will do, for nothing that counts can see it."""
@@ -61,6 +63,7 @@ class StaticSession:
         if spec.windows is None or spec.past_tokens is None:
             raise PermanentError("bundle.unsupported", "the manifest describes no static windows")
         self.spec = spec
+        self.limit = PassLimit()
         self.past_tokens = spec.past_tokens
         # Narrowest first, as they are searched.
         ordered = sorted(spec.windows, key=lambda window: window.tokens)
@@ -125,7 +128,8 @@ class StaticCache:
             Logits after the last of them, float32 (rows,).
 
         Raises:
-            PermanentError: ``worker.context`` when they do not fit, ``worker.out_of_memory``, ``worker.inference``.
+            PermanentError: ``worker.context`` when they do not fit, ``worker.bad_logits``, ``worker.out_of_memory``,
+                ``worker.deadline``, ``worker.inference``.
         """
         total = self.length + len(tokens)
         if not self.length < total <= self.capacity_tokens:
@@ -179,14 +183,18 @@ class StaticCache:
 
     def _pass(self, window: Window, tokens: Sequence[int]) -> Logits:
         try:
-            logits, *present = window.session.run(self._outputs, self.feeds(window.tokens, tokens))
+            feeds = self.feeds(window.tokens, tokens)
+            logits, *present = window.session.run(self._outputs, feeds, self._session.limit.run_options)
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
             raise map_library_error("running the model", error) from error
         start, count = self.length, len(tokens)
+        last: Logits = logits[0, count - 1]
+        # Hidden positions take part in the arithmetic: one that is no number would spoil every later event.
+        if not np.isfinite(last).all():
+            raise PermanentError("worker.bad_logits", "the model's scores are not finite numbers")
         for buffer, new in zip(self._past.values(), present, strict=True):
             buffer[:, :, start : start + count] = new[:, :, :count]  # (1, kv_heads, count, head_dim)
         self.length += count
-        last: Logits = logits[0, count - 1]
         return last
 
 

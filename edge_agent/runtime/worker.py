@@ -7,6 +7,7 @@ a time, ends when its socket closes, and is killed by the kernel when the agent 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -20,12 +21,14 @@ from typing import Protocol
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
-from edge_agent.runtime.frames import FrameChannel, Message, error_message
-from edge_agent.runtime.memory import limit_growth, volunteer_for_oom_kill
+from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
+from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
+from edge_agent.runtime.speed import Speed
 
 EXIT_LOAD_FAILED = 3
 EXIT_OUT_OF_MEMORY = 4
 EXIT_PROTOCOL = 5
+EXIT_DISTRUSTED = 6
 OOM_SCORE_EXTRA = 300
 _PR_SET_PDEATHSIG = 1
 _MEMORY_RESERVE_BYTES = 4 << 20
@@ -42,6 +45,9 @@ class Decider(Protocol):
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         """Decide one event."""
 
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait; each has its answer or its own fault."""
+
     def golden_step_s(self) -> float:
         """Longest time that one golden example may take, in seconds."""
 
@@ -49,7 +55,7 @@ class Decider(Protocol):
         """Answer all golden examples."""
 
 
-DeciderFactory = Callable[[Path, str, int], Decider]
+DeciderFactory = Callable[[Path, str, int, Speed], Decider]
 
 
 class EngineDecider:
@@ -59,13 +65,20 @@ class EngineDecider:
         bundle: its directory.
         digest: the digest that was verified when it was installed.
         threads: intra-op threads, 0 = choose.
+        speed: what is done to be fast.
     """
 
-    def __init__(self, bundle: Path, digest: str, threads: int) -> None:
+    def __init__(self, bundle: Path, digest: str, threads: int, speed: Speed) -> None:
         from edge_agent.runtime.bundle import open_installed_bundle
         from edge_agent.runtime.engine import Engine
+        from edge_agent.runtime.providers import CPU, PROVIDERS
 
-        self._engine = Engine(open_installed_bundle(bundle, digest), threads)
+        verified = open_installed_bundle(bundle, digest)
+        if PROVIDERS[verified.manifest.target] == CPU:
+            # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
+            # reserve far more addresses than they use.
+            limit_growth(physical_bytes())
+        self._engine = Engine(verified, threads, speed)
 
     def facts(self) -> WorkerFacts:
         """What was loaded."""
@@ -74,6 +87,10 @@ class EngineDecider:
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         """Decide one event."""
         return self._engine.decide(task, event, deadline_s=deadline_s)
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait."""
+        return self._engine.decide_many(task, events, deadline_s=deadline_s)
 
     def golden_step_s(self) -> float:
         """The longest deadline of the bundle's tasks."""
@@ -91,12 +108,21 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
     options = _parse(argv)
     _tie_to_parent(options.parent)
     volunteer_for_oom_kill(OOM_SCORE_EXTRA)
+    # Where a sandbox forbids it, the work is done at the service's own priority.
+    with contextlib.suppress(OSError):
+        os.nice(options.niceness)
     # The agent decides when to end: a Ctrl-C or a stop of the whole service must not cut an answer short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = FrameChannel(socket.socket(fileno=options.fd))
     try:
-        decider = factory(options.bundle, options.digest, options.threads)
+        speed = Speed(
+            prefix_dir=options.prefix_dir,
+            event_cache_bytes=options.event_cache,
+            decision_cache_bytes=options.decision_cache,
+            together=options.together,
+        )
+        decider = factory(options.bundle, options.digest, options.threads, speed)
         channel.send({"ready": decider.facts().as_dict()})
     except EdgeError as error:
         channel.send({"error": error_message(error)})
@@ -110,7 +136,7 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
 
 def _serve(channel: FrameChannel, decider: Decider) -> int:
     # Freed when memory runs out, so that there is room to say so.
-    reserve: bytearray | None = bytearray(_MEMORY_RESERVE_BYTES)
+    reserve = bytearray(_MEMORY_RESERVE_BYTES)
     while True:
         try:
             request = channel.receive()
@@ -119,23 +145,26 @@ def _serve(channel: FrameChannel, decider: Decider) -> int:
             return EXIT_PROTOCOL
         if request is None or request.get("op") == "stop":
             return 0
+        status: int | None = None
         try:
             reply = _answer(channel, decider, request)
         except MemoryError:
-            reserve = None
-            reply = {"error": error_message(_out_of_memory("allocation failed while deciding"))}
+            reserve.clear()
+            status = EXIT_OUT_OF_MEMORY
+            reply = _last_words("worker.out_of_memory", "allocation failed while deciding")
         except EdgeError as error:
-            if error.code == "worker.out_of_memory":
-                reserve = None
-                reply = {"error": error_message(_out_of_memory(error.detail))}
-            else:
+            if error.code not in LAST_FAULTS:
                 reply = {"error": error_message(error)}
+            else:
+                reserve.clear()
+                status = EXIT_OUT_OF_MEMORY if error.code == "worker.out_of_memory" else EXIT_DISTRUSTED
+                reply = _last_words(error.code, error.detail)
         except Exception as error:  # noqa: BLE001 - a defect must cost one event, not the process
             _log(traceback.format_exc())
             reply = {"error": error_message(PermanentError("worker.internal", repr(error)[:500]))}
         channel.send({**reply, "id": request.get("id")})
-        if reserve is None:
-            return EXIT_OUT_OF_MEMORY
+        if status is not None:
+            return status
 
 
 def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Message:
@@ -143,6 +172,13 @@ def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Messag
         case "decide":
             event = check_event(request["event"])
             return {"answer": decider.decide(request["task"], event, float(request["deadline_s"])).as_dict()}
+        case "decide_many":
+            events = [check_event(event) for event in request["events"]]
+            found = decider.decide_many(request["task"], events, float(request["deadline_s"]))
+            if fault := next((one for one in found if isinstance(one, EdgeError) and one.code in LAST_FAULTS), None):
+                # This process is not to be trusted any more, and so are the answers that it gave in the same passes.
+                raise fault
+            return {"answers": [_told(one) for one in found]}
         case "golden":
             step_s = decider.golden_step_s()
 
@@ -155,9 +191,14 @@ def _answer(channel: FrameChannel, decider: Decider, request: Message) -> Messag
             raise PermanentError("worker.protocol", f"unknown request {other!r}")
 
 
-def _out_of_memory(detail: str) -> TransientError:
-    # Transient: the next process starts with all of its memory. The agent bounds how often one event may try.
-    return TransientError("worker.out_of_memory", detail)
+def _told(answer: Answer | EdgeError) -> Message:
+    return {"error": error_message(answer)} if isinstance(answer, EdgeError) else {"answer": answer.as_dict()}
+
+
+def _last_words(code: str, detail: str) -> Message:
+    # Transient: the next process starts with all of its memory, and with weights and prefixes from verified files. The
+    # agent bounds how often one event may try.
+    return {"error": error_message(TransientError(code, detail))}
 
 
 def _tie_to_parent(parent_pid: int) -> None:
@@ -174,6 +215,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--digest", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)
+    parser.add_argument("--niceness", type=int, required=True)
+    parser.add_argument("--prefix-dir", type=Path)
+    parser.add_argument("--event-cache", type=int, required=True)
+    parser.add_argument("--decision-cache", type=int, required=True)
+    parser.add_argument("--together", type=int, required=True)
     return parser.parse_args(argv)
 
 

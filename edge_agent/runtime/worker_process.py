@@ -1,7 +1,8 @@
 """The agent's side of the worker: start it, ask it, survive it. Imports no native inference library.
 
-Two clocks watch every event. The worker checks the deadline between passes and answers with an error. Should it be
-stuck inside a pass, this side kills it a grace period later; the next `start` begins afresh.
+Two clocks watch every event. The worker checks the deadline between passes and between the nodes of a pass, and
+answers with an error. Should it be stuck inside one node, this side kills it a grace period later; the next `start`
+begins afresh.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.answer import Answer, GoldenMiss, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.child import ChildProcess, OnLine
-from edge_agent.runtime.frames import FrameChannel, FrameTimeout, Message, error_from
+from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, FrameTimeout, Message, error_from
 from edge_agent.runtime.memory import rss_bytes
 from edge_agent.settings import ENV_PREFIX, WorkerSettings
 
@@ -119,12 +120,34 @@ class WorkerProcess:
 
         Raises:
             RefusedError: ``task.unknown``, ``event.*``.
-            PermanentError: ``worker.deadline``, ``worker.bad_logits``, ….
-            TransientError: ``worker.died``, ``worker.stuck``, ``worker.out_of_memory``, ``worker.not_running``; the
-                process is gone then and `start` begins a new one.
+            PermanentError: ``worker.deadline``, ``worker.internal``, ….
+            TransientError: ``worker.died``, ``worker.stuck``, ``worker.protocol``, ``worker.not_running``, and the
+                `LAST_FAULTS`; the process is gone then and `start` begins a new one.
         """
         reply = self._ask({"op": "decide", "task": task, "event": event, "deadline_s": deadline_s}, deadline_s)
         return Answer.from_dict(reply["answer"])
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        """Decide events that wait, several in a pass where the model allows it.
+
+        Args:
+            task: one of the bundle's tasks.
+            events: flat events.
+            deadline_s: seconds from now, for all of them.
+
+        Returns:
+            For each event its answer, or the fault that it alone had.
+
+        Raises:
+            RefusedError: ``task.unknown``.
+            TransientError: as `decide`; it is not known which event was to blame.
+        """
+        reply = self._ask(
+            {"op": "decide_many", "task": task, "events": list(events), "deadline_s": deadline_s}, deadline_s
+        )
+        return [
+            error_from(one["error"]) if "error" in one else Answer.from_dict(one["answer"]) for one in reply["answers"]
+        ]
 
     def run_golden(self, progress: Callable[[int, int], None] | None = None) -> GoldenOutcome:
         """Answer the bundle's golden examples in the worker, each within its task's deadline.
@@ -154,6 +177,11 @@ class WorkerProcess:
         command = [sys.executable, "-P", "-m", self._module, "--fd", str(theirs.fileno())]
         command += ["--parent", str(os.getpid()), "--bundle", str(self._bundle_dir), "--digest", self._digest]
         command += ["--threads", str(settings.threads), "--memory-limit", str(settings.memory_limit_bytes)]
+        command += ["--niceness", str(settings.niceness), "--together", str(settings.together)]
+        command += ["--event-cache", str(settings.event_cache_bytes)]
+        command += ["--decision-cache", str(settings.decision_cache_bytes)]
+        if settings.prefix_dir is not None:
+            command += ["--prefix-dir", str(settings.prefix_dir)]
         try:
             with theirs:
                 self._child = ChildProcess(command, _environment(), theirs.fileno(), self._on_log)
@@ -186,7 +214,7 @@ class WorkerProcess:
             raise TransientError("worker.protocol", "the worker answered another request")
         if "error" in message:
             fault = error_from(message["error"])
-            if fault.code == "worker.out_of_memory":
+            if fault.code in LAST_FAULTS:
                 self._end()  # it exits by itself
             raise fault
         return message

@@ -26,7 +26,8 @@ from edge_agent.uplink.ports import UplinkPorts
 from edge_agent.uplink.spool import Spool
 
 BATCH_MAX = 100
-POLL_S = 0.2
+# How soon the intake sees a stop or a new connection; an idle node wakes up for it this often.
+POLL_S = 0.5
 RETRY_S = 0.5
 _log = get_logger(__name__)
 
@@ -92,6 +93,10 @@ class Intake:
         if message.topic == self._topics.model_desired:
             self._guard(lambda: self._ports.on_desired(message.payload), message, task=None)
             return
+        answered = None if message.topic is None else self._topics.answered(message.topic)
+        if answered is not None:
+            self._take_answer(*answered, message)
+            return
         task = None if message.topic is None else self._task_of(message.topic)
         if task is None:
             self._spool.count("message.unknown_topic")
@@ -103,6 +108,20 @@ class Intake:
             self._bury(RefusedError("event.too_large", detail), message, task)
         else:
             self._guard(lambda: self._ports.on_event(task, message.payload), message, task=task)
+
+    def _take_answer(self, task: str, decision_id: str, message: Incoming) -> None:
+        if message.retain:
+            # It would come anew with every subscription; the question that it belonged to is long settled.
+            self._spool.count("escalation.answer_retained")
+            return
+        try:
+            self._ports.on_escalation_answer(task, decision_id, message.payload)
+        except EdgeError as error:
+            if isinstance(error, TransientError) or error.code.startswith(("spool.", "disk.")):
+                raise
+            _log.warning("escalation_answer_refused", decision_id=decision_id, error=error)
+        except Exception:  # noqa: BLE001 - a defect in a port costs one answer, not the intake
+            _log.exception("port_failed", topic=message.topic)
 
     def _guard(self, call: Callable[[], object], message: Incoming, *, task: str | None) -> None:
         try:

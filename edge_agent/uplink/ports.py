@@ -27,5 +27,8 @@ class UplinkPorts(Protocol):
     def on_desired(self, envelope: bytes) -> None:
         """Take note of the desired state; returns at once. An empty envelope means that it was cleared."""
 
+    def on_escalation_answer(self, task: str, decision_id: str, payload: bytes) -> None:
+        """Take an answer to an escalated event; called as ``on_event`` is, and raises ``TransientError`` as it does."""
+
     def on_connected(self) -> Sequence[tuple[str, bytes]]:
         """Retained messages to publish after the birth (meta, reported): topic and payload."""

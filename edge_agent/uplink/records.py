@@ -1,10 +1,12 @@
-"""What the spool keeps: rows of the inbox, of the outbox and of the dead letters, as frozen records."""
+"""What the spool keeps: rows of inbox, outbox, escalations and dead letters, as frozen records."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
+
+from edge_agent.contract.escalation import Destination
 
 Priority = Literal["safety", "normal", "bulk"]
 Klass = Literal["decision", "alarm", "telemetry"]
@@ -43,6 +45,10 @@ class InboxEvent:
     priority: Priority
     received_ms: int
     attempts: int
+
+    def is_like(self, other: InboxEvent) -> bool:
+        """Whether both are of one task and one lane, and may be answered together."""
+        return (self.task, self.priority) == (other.task, other.priority)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +107,62 @@ class BuriedEvent:
     code: str
     kind: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewEscalation:
+    """What an event takes along when it leaves the inbox to be asked about elsewhere.
+
+    Args:
+        decision_id: of the decision that it will get, whoever answers.
+        guess: the device's best guess, a decision in JSON.
+        spec: the task as it was when the device answered, in JSON: an update may bring another one meanwhile.
+        boot_id: names the start of the machine that ``begun_ms`` counts from.
+        begun_ms: time since that start.
+        timeout_ms: how long an answer is waited for.
+    """
+
+    decision_id: str
+    destination: Destination
+    guess: bytes
+    spec: bytes
+    boot_id: str
+    begun_ms: int
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class EscalationRow:
+    """An escalation that waits, as far as its fate depends on it.
+
+    Args:
+        power_cuts: how often the machine has started anew since the question.
+        attempts: how often it was put to the server.
+    """
+
+    escalation_id: int
+    destination: Destination
+    boot_id: str
+    begun_ms: int
+    timeout_ms: int
+    power_cuts: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class EscalationCase:
+    """The content of an escalation: see `NewEscalation`; ``payload`` is the event as received."""
+
+    row: EscalationRow
+    payload: bytes
+    guess: bytes
+    spec: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRow:
+    """What a task may still ask: ``credit`` questions at ``at_ms`` after the machine's start ``boot_id``."""
+
+    credit: float
+    boot_id: str
+    at_ms: int

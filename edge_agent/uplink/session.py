@@ -58,6 +58,7 @@ class MqttUplink:
         spool: events go in, decisions come out.
         ports: the agent.
         drain_per_s: bound of the sending rate, ``SpoolSettings.drain_per_s``.
+        takes_answers: whether to subscribe to answers of escalations.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class MqttUplink:
         ports: UplinkPorts,
         *,
         drain_per_s: float = 500.0,
+        takes_answers: bool = False,
     ) -> None:
         self._settings = settings
         self._topics = topics
@@ -79,6 +81,8 @@ class MqttUplink:
             (topics.events_filter, False),
             *((name, False) for name in sources),
             (topics.model_desired, True),
+            # Only where the site wants it: a broker whose rules do not know the topic would refuse the subscription.
+            *([(topics.escalation_answers_filter, False)] if takes_answers else []),
         ]
         self._drain = Drain(spool, drain_per_s, settings.max_inflight)
         self._intake = Intake(spool, ports, topics, sources, settings.max_packet_bytes)

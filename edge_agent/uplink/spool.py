@@ -1,4 +1,4 @@
-"""Inbox, outbox and dead letters of one node, in one SQLite file.
+"""Inbox, outbox, escalations and dead letters of one node, in one SQLite file.
 
 Rules:
 - ``accept`` returns only when the event is durable; the caller acknowledges afterwards.
@@ -17,7 +17,6 @@ import contextlib
 import json
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,10 +34,12 @@ from edge_agent.uplink.records import (
     Priority,
     QueuedMessage,
 )
+from edge_agent.uplink.spool_escalations import EscalationQueue, split_counters
 from edge_agent.uplink.spool_rows import (
     InboxRow,
     LetterEvent,
     add_count,
+    alike_events,
     as_text,
     drop_expired,
     enqueue,
@@ -47,8 +48,11 @@ from edge_agent.uplink.spool_rows import (
     is_known,
     last_seq,
     message_of,
+    monotonic_ms,
+    remember,
     restamp,
     total,
+    waiting_events,
 )
 from edge_agent.uplink.spool_store import SpoolStore
 
@@ -68,6 +72,7 @@ class Spool:
     Attributes:
         inbox_changed: set whenever an event was accepted; whoever waits on it clears it before looking.
         outbox_changed: set whenever a message was queued; the uplink waits on it.
+        escalations: events that wait for an answer from elsewhere.
 
     Raises:
         TransientError: ``disk.full`` or ``spool.busy``.
@@ -84,7 +89,8 @@ class Spool:
         self.inbox_changed = threading.Event()
         self.outbox_changed = threading.Event()
         self._leased: set[int] = set()
-        self._clocks = now_ms(), _steady_ms()
+        self.escalations = EscalationQueue(self._store, settings, self._leased, self.outbox_changed)
+        self._clocks = now_ms(), monotonic_ms()
         with self._store.reading() as db:
             self._first_seq = last_seq(db) + 1
         self._uncounted: collections.Counter[str] = collections.Counter()
@@ -140,20 +146,18 @@ class Spool:
         return Accepted
 
     def next_event(self) -> InboxEvent | None:
-        """Lease the oldest event of the highest lane that nobody works on; None when there is none.
-
-        The lease lives in memory: end it with ``complete``, ``bury``, ``worker_died`` or ``release``. A crash ends it
-        too, and the event is handed out again.
-        """
+        """Lease the next event that nobody works on, until it is answered, buried or given back, or None."""
         with self._store.reading() as db:
-            # Leases are few, so skipping over them is cheaper than telling SQLite about them.
-            for row in db.execute(
-                "SELECT id, task, event_id, payload, lane, received_ms, attempts FROM inbox ORDER BY lane, id"
-            ):
-                if row[0] not in self._leased:
-                    self._leased.add(row[0])
-                    return InboxEvent(row[0], row[1], row[2], row[3], LANES[row[4]], row[5], row[6])
-        return None
+            event = next(waiting_events(db, self._leased), None)
+            self._leased.update([event.inbox_id] if event else [])
+        return event
+
+    def next_alike(self, event: InboxEvent, limit: int) -> list[InboxEvent]:
+        """Lease events that come next and may be answered together with ``event``; none is overtaken."""
+        with self._store.reading() as db:
+            alike = alike_events(db, self._leased, event, limit)
+            self._leased.update(one.inbox_id for one in alike)
+        return alike
 
     def release(self, inbox_id: int) -> None:
         """Give an event back unanswered; it keeps its place."""
@@ -177,8 +181,8 @@ class Spool:
         self._leased.discard(inbox_id)
         return True
 
-    def worker_died(self, inbox_id: int) -> bool:
-        """Record that a worker died over this event, and end the lease.
+    def worker_died(self, inbox_id: int, fault: EdgeError) -> bool:
+        """Record that a worker was lost over this event, by ``fault``, and end the lease.
 
         Returns:
             True when that was the second time and the event was buried as ``event.poison``.
@@ -188,7 +192,7 @@ class Spool:
             db.execute("UPDATE inbox SET attempts = attempts + 1 WHERE id = ?", (inbox_id,))
             row = inbox_row(db, inbox_id)
             if row is not None and row[5] >= MAX_ATTEMPTS:
-                error = PermanentError("event.poison", f"the worker died {row[5]} times over this event")
+                error = PermanentError("event.poison", f"lost {row[5]} workers over this event, at last: {fault}")
                 buried = self.bury(inbox_id, error) is not None
         self._leased.discard(inbox_id)
         return buried
@@ -311,7 +315,7 @@ class Spool:
         Returns:
             How many were dropped.
         """
-        at, steady = now_ms() if now is None else now, _steady_ms() if steady_ms is None else steady_ms
+        at, steady = now_ms() if now is None else now, monotonic_ms() if steady_ms is None else steady_ms
         with self._store.transaction() as db:
             # A clock that is set forward (by the network, on a machine without a clock of its own) ages nothing.
             leap_ms = (at - self._clocks[0]) - (steady - self._clocks[1])
@@ -334,21 +338,25 @@ class Spool:
                 add_count(db, reason, n)
             return
         self._uncounted[reason] += n
-        with contextlib.suppress(EdgeError), self._store.transaction() as db:
-            for name, delayed in self._uncounted.items():
-                add_count(db, name, delayed)
+        # Under one lock, and cleared after the commit: a full disk may show itself only there.
+        with contextlib.suppress(EdgeError), self._store.reading():
+            with self._store.transaction() as db:
+                for name, delayed in self._uncounted.items():
+                    add_count(db, name, delayed)
             self._uncounted.clear()
 
     def counts(self) -> QueueTelemetry:
         """Depths and every counter since the file was created."""
         with self._store.reading() as db:
             totals = dict(db.execute("SELECT name, n FROM totals").fetchall())
-            counters = collections.Counter(dict(db.execute("SELECT name, n FROM counters").fetchall()))
+            dropped, outcomes = split_counters(db.execute("SELECT name, n FROM counters").fetchall())
         return QueueTelemetry(
             inbox=totals["inbox"],
             outbox=totals["outbox"],
             dead_letters=totals["dead_letters"],
-            dropped=dict(sorted((counters + self._uncounted).items())),
+            dropped=dict(sorted((dropped + self._uncounted).items())),
+            escalations_pending=totals["escalations"],
+            escalations=outcomes,
             timestamp_ms=now_ms(),
         )
 
@@ -372,8 +380,7 @@ class Spool:
 
     def _remove(self, db: sqlite3.Connection, inbox_id: int, row: InboxRow) -> None:
         db.execute("DELETE FROM inbox WHERE id = ?", (inbox_id,))
-        newest = db.execute("INSERT OR REPLACE INTO answered (task, event_id) VALUES (?, ?)", row[:2]).lastrowid or 0
-        db.execute("DELETE FROM answered WHERE id <= ?", (newest - self._settings.answered_ids_max,))
+        remember(db, row[:2], self._settings.answered_ids_max)
 
     def _insert_letter(
         self, db: sqlite3.Connection, event: LetterEvent, error: EdgeError, message: OutboundMessage | None
@@ -389,7 +396,3 @@ class Spool:
     def _enqueue(self, db: sqlite3.Connection, message: OutboundMessage) -> None:
         enqueue(db, message, self._settings.outbox_max_bytes)
         self.outbox_changed.set()
-
-
-def _steady_ms() -> int:
-    return round(time.monotonic() * 1000)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
+import time
+from collections.abc import Container, Iterator
 
 from edge_agent.contract.event import MAX_EVENT_BYTES
 from edge_agent.contract.messages import DeadLetter, ErrorInfo, now_ms
 from edge_agent.errors import EdgeError
-from edge_agent.uplink.records import KLASSES, OutboundMessage
+from edge_agent.uplink.records import KLASSES, LANES, InboxEvent, OutboundMessage
 
 CLOCK_FLOOR_MS = 1_704_067_200_000  # 2024-01-01: a row stamped earlier was written before the clock was set
 # Alarms and decisions are kept for the whole configured age; a metric that old describes nothing any more.
@@ -20,22 +23,26 @@ LetterEvent = tuple[str | None, str | None, bytes | None, int, int]
 """task, event_id, payload, lane, received_ms of an event that gets no decision"""
 
 
-def enqueue(db: sqlite3.Connection, message: OutboundMessage, max_bytes: int) -> None:
-    """Append a message; over ``max_bytes`` drop the oldest of the lowest class, and count each."""
+def enqueue(db: sqlite3.Connection, message: OutboundMessage, max_bytes: int) -> int:
+    """Append a message; over ``max_bytes`` drop the oldest of the lowest class, and count each.
+
+    Returns:
+        Its number in the outbox.
+    """
     number = KLASSES.index(message.klass)
     name = f"seq.{message.klass}"
     db.execute("INSERT INTO totals VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET n = n + 1", (name,))
-    db.execute(
+    newest = db.execute(
         "INSERT INTO outbox (class_seq, klass, topic, payload, qos, retain, content_type, user_properties,"
         " size_bytes, queued_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             total(db, name), number, message.topic, message.payload, message.qos, message.retain,
             message.content_type, json.dumps(message.user_properties), message.size_bytes, now_ms(),
         ),
-    )  # fmt: skip
+    ).lastrowid or 0  # fmt: skip
     excess = total(db, "outbox_bytes") - max_bytes
     if excess <= 0:
-        return
+        return newest
     victims: list[tuple[int]] = []
     for seq, klass, size_bytes in db.execute("SELECT seq, klass, size_bytes FROM outbox ORDER BY klass DESC, seq"):
         if excess <= 0:
@@ -44,6 +51,23 @@ def enqueue(db: sqlite3.Connection, message: OutboundMessage, max_bytes: int) ->
         excess -= size_bytes
         add_count(db, f"outbox.full.{KLASSES[klass]}")
     db.executemany("DELETE FROM outbox WHERE seq = ?", victims)
+    return newest
+
+
+def waiting_events(db: sqlite3.Connection, leased: Container[int]) -> Iterator[InboxEvent]:
+    """Events of the inbox in the order in which they are to be answered, but for those that are leased."""
+    # Leases are few, so skipping over them is cheaper than telling SQLite about them.
+    for row in db.execute(
+        "SELECT id, task, event_id, payload, lane, received_ms, attempts FROM inbox ORDER BY lane, id"
+    ):
+        if row[0] not in leased:
+            yield InboxEvent(row[0], row[1], row[2], row[3], LANES[row[4]], row[5], row[6])
+
+
+def alike_events(db: sqlite3.Connection, leased: Container[int], event: InboxEvent, limit: int) -> list[InboxEvent]:
+    """Events that come next without a gap, of the same task and lane as ``event``, and cost no worker so far."""
+    following = itertools.islice(waiting_events(db, leased), limit)
+    return [*itertools.takewhile(lambda one: one.is_like(event) and not one.attempts, following)]
 
 
 def as_text(value: str) -> str:
@@ -58,16 +82,22 @@ def add_count(db: sqlite3.Connection, name: str, n: int = 1) -> None:
 
 
 def total(db: sqlite3.Connection, name: str) -> int:
-    """A total that the triggers keep: ``inbox``, ``outbox``, ``outbox_bytes``, ``dead_letters``, ``seq.<class>``."""
+    """A total that the triggers keep: rows of a table (``inbox``), its ``…_bytes``, or ``seq.<class>``."""
     return int(db.execute("SELECT n FROM totals WHERE name = ?", (name,)).fetchone()[0])
 
 
 def is_known(db: sqlite3.Connection, key: tuple[str, str]) -> bool:
-    """Whether the event (task, event_id) waits in the inbox or is among the remembered answers."""
-    waits = db.execute("SELECT 1 FROM inbox WHERE task = ? AND event_id = ?", key).fetchone()
-    return waits is not None or (
-        db.execute("SELECT 1 FROM answered WHERE task = ? AND event_id = ?", key).fetchone() is not None
+    """Whether the event (task, event_id) waits, is asked about elsewhere, or is among the remembered answers."""
+    return any(
+        db.execute(f"SELECT 1 FROM {table} WHERE task = ? AND event_id = ?", key).fetchone() is not None  # noqa: S608
+        for table in ("inbox", "escalations", "answered")
     )
+
+
+def remember(db: sqlite3.Connection, key: tuple[str, str], max_ids: int) -> None:
+    """Note that the event (task, event_id) was answered, and forget the oldest beyond ``max_ids``."""
+    newest = db.execute("INSERT OR REPLACE INTO answered (task, event_id) VALUES (?, ?)", key).lastrowid or 0
+    db.execute("DELETE FROM answered WHERE id <= ?", (newest - max_ids,))
 
 
 def inbox_row(db: sqlite3.Connection, inbox_id: int) -> InboxRow | None:
@@ -136,3 +166,8 @@ def drop_expired(db: sqlite3.Connection, at: int, max_age_s: float) -> int:
             add_count(db, f"outbox.expired.{klass}", count)
         dropped += count
     return dropped
+
+
+def monotonic_ms() -> int:
+    """Time since an arbitrary start, which no setting of the clock moves."""
+    return round(time.monotonic() * 1000)

@@ -24,10 +24,11 @@ from edge_agent.errors import EdgeError, IntegrityError, PermanentError, Transie
 from edge_agent.fs import fsync_dir
 from edge_agent.log import get_logger
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 5.0
 NEARLY_FULL_BYTES = 256 * 1024
 
+# The file as version 1 made it. Never edited: an older file and a new one must come out of the steps below alike.
 # Totals are kept by triggers, so that the bounds can be checked without counting rows, also when another process
 # (a person who requeues a dead letter) writes.
 SCHEMA = """
@@ -60,6 +61,25 @@ CREATE TRIGGER outbox_out AFTER DELETE ON outbox BEGIN
   UPDATE totals SET n = n - old.size_bytes WHERE name = 'outbox_bytes'; END;
 CREATE TRIGGER dead_in AFTER INSERT ON dead_letters BEGIN UPDATE totals SET n = n + 1 WHERE name = 'dead_letters'; END;
 CREATE TRIGGER dead_out AFTER DELETE ON dead_letters BEGIN UPDATE totals SET n = n - 1 WHERE name = 'dead_letters'; END;
+"""
+
+# From version 1 to 2: events that wait for an answer from elsewhere. A step only adds, and may be repeated: another
+# process may have taken it a moment ago, and one of the version before that still runs goes on undisturbed.
+ESCALATIONS = """
+CREATE TABLE IF NOT EXISTS escalations (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT NOT NULL, event_id TEXT NOT NULL, decision_id TEXT NOT NULL UNIQUE,
+  destination TEXT NOT NULL, payload BLOB NOT NULL, guess TEXT NOT NULL, spec TEXT NOT NULL, boot_id TEXT NOT NULL,
+  begun_ms INTEGER NOT NULL, timeout_ms INTEGER NOT NULL, power_cuts INTEGER NOT NULL DEFAULT 0,
+  attempts INTEGER NOT NULL DEFAULT 0, request_seq INTEGER, size_bytes INTEGER NOT NULL, UNIQUE (task, event_id));
+CREATE TABLE IF NOT EXISTS escalation_budgets (
+  task TEXT PRIMARY KEY, credit REAL NOT NULL, boot_id TEXT NOT NULL, at_ms INTEGER NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO totals VALUES ('escalations', 0), ('escalations_bytes', 0);
+CREATE TRIGGER IF NOT EXISTS escalations_in AFTER INSERT ON escalations BEGIN
+  UPDATE totals SET n = n + 1 WHERE name = 'escalations';
+  UPDATE totals SET n = n + new.size_bytes WHERE name = 'escalations_bytes'; END;
+CREATE TRIGGER IF NOT EXISTS escalations_out AFTER DELETE ON escalations BEGIN
+  UPDATE totals SET n = n - 1 WHERE name = 'escalations';
+  UPDATE totals SET n = n - old.size_bytes WHERE name = 'escalations_bytes'; END;
 """
 
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -250,7 +270,8 @@ def _prepare(connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
         raise PermanentError("spool.newer_schema", f"spool has schema {version}, this agent knows {SCHEMA_VERSION}")
-    if version == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    elif (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+    if version and (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise IntegrityError("spool.corrupt", f"spool failed its check: {verdict}")
+    if version < SCHEMA_VERSION:
+        steps = (SCHEMA, ESCALATIONS)[version:]
+        connection.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")

@@ -74,11 +74,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points that belong together, joined in their order."""
+    """Points that belong together, joined in their order.
+
+    Args:
+        name: in the legend.
+        points: at least one.
+        series: 0-based, decides the colour.
+        mark: a ringed place of its own, on the line or off it.
+    """
 
     name: str
     points: tuple[Point, ...]
     series: int = 0
+    mark: Point | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,12 @@ def plot(title: str, x: Axis, y: Axis, lines: Sequence[Line], *, height: float =
         drawn = " ".join(f"{coordinate(px)},{coordinate(py)}" for px, py in map(frame.at, line.points))
         parts.append(element("polyline", class_=f"line l{line.series % SERIES}", points=drawn))
         parts += [frame.dot(point, f"s{line.series % SERIES}", 2.5) for point in line.points]
-    said = "; ".join(f"{line.name}: {', '.join(p.hint for p in line.points if p.hint)}" for line in lines)
+        if line.mark is not None:
+            parts.append(frame.ring(line.mark, f"line l{line.series % SERIES}", 6.5))
+    said = "; ".join(
+        f"{line.name}: {', '.join(p.hint for p in (*line.points, line.mark) if p is not None and p.hint)}"
+        for line in lines
+    )
     return _picture(title, said, top + height, parts)
 
 
@@ -280,6 +293,11 @@ class _Frame:
         px, py = self.at(point)
         hint = element("title", text(point.hint)) if point.hint else ""
         return element("circle", hint, class_=f"dot {kind}", cx=px, cy=py, r=radius)
+
+    def ring(self, point: Point, kind: str, radius: float) -> str:
+        px, py = self.at(point)
+        hint = element("title", text(point.hint)) if point.hint else ""
+        return element("circle", hint, class_=kind, cx=px, cy=py, r=radius)
 
     def axes(self) -> list[str]:
         right = WIDTH - _RIGHT

@@ -27,6 +27,7 @@ from export.card.report_figures import (
     risk_figures,
     size_figure,
 )
+from export.card.report_floors import floors_section
 from export.card.report_origin import facts_table, lineage_section, sensitivity_figure, vocabulary_section
 from export.card.report_style import POLICY, STYLE
 
@@ -138,7 +139,9 @@ def report_html_bytes(report: Mapping[str, Any]) -> bytes:
         report: required: ``bundle``, ``precision``, ``verification``, ``size_bytes``, ``parity``, ``quality``,
             ``calibration``, ``checkpoint``, ``tools``. Drawn when present: ``evidence`` (a list of runs),
             ``latency`` (of ``edge-agent bench``), ``sweep`` (a list), ``sensitivity`` (a list of ``layer``,
-            ``kl_nats``, ``int8``), ``vocabulary`` and ``lineage`` (see `export.card.report_origin`).
+            ``kl_nats``, ``int8``), ``floors`` (of the calibrations, by task), ``lines`` (knots of confidences that one
+            temperature did not straighten, by task), ``adapters`` (by task), ``vocabulary`` and ``lineage``
+            (see `export.card.report_origin`).
 
     Returns:
         UTF-8 HTML that is well-formed XML too; equal reports give equal bytes.
@@ -155,7 +158,7 @@ def report_html_bytes(report: Mapping[str, Any]) -> bytes:
             _section("Size", plots([size_figure(report["size_bytes"])])),
             _section("Latency", _latency(report)),
             *(_section(f"Quality: {name}", _quality(report, name)) for name in sorted(report["quality"])),
-            *([] if report["quality"] else [_section("Quality", _how_to("quality"))]),
+            *([] if report["quality"] else [_section("Quality", _unmeasured_floors(report), _how_to("quality"))]),
             _section(
                 "Size, quality and speed",
                 plots(front_figures(report.get("sweep") or [])) if report.get("sweep") else _how_to("sweep"),
@@ -177,8 +180,8 @@ def report_html_bytes(report: Mapping[str, Any]) -> bytes:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'.encode()
 
 
-def _section(title: str, content: str) -> str:
-    return element("section", element("h2", text(title)), "\n", content)
+def _section(title: str, *content: str) -> str:
+    return element("section", element("h2", text(title)), "\n", *content)
 
 
 def _how_to(what: str) -> str:
@@ -254,7 +257,9 @@ def _quality(report: Mapping[str, Any], task: str) -> str:
     figures = by_precision.get(shipped, {})
     diagrams = reliability_figures(figures, report["calibration"].get(task, {}))
     curves = risk_figures(by_precision, shipped) if shipped in by_precision else []
-    parts = [plots([quality_figure(by_precision), *curves])]
+    chosen = (report.get("floors") or {}).get(task) or {}
+    floors = floors_section(figures.get("floors") or {}, chosen)
+    parts = [*([floors] if floors else []), plots([quality_figure(by_precision), *curves])]
     if diagrams:
         note = (
             f"Confidence of {shipped}, in fifteen bins: on the dashed line a confidence of 80 % is right in 80 of 100 "
@@ -264,6 +269,10 @@ def _quality(report: Mapping[str, Any], task: str) -> str:
     else:
         parts.append(_how_to("curves"))
     return "\n".join(parts)
+
+
+def _unmeasured_floors(report: Mapping[str, Any]) -> str:
+    return "".join(floors_section({}, chosen) for _, chosen in sorted((report.get("floors") or {}).items()))
 
 
 def _shipped(report: Mapping[str, Any], by_precision: Mapping[str, Any]) -> str:
@@ -279,6 +288,8 @@ def _optional(report: Mapping[str, Any]) -> list[str]:
         sections.append(_section("Sensitive layers", plots([sensitivity_figure(report["sensitivity"])])))
     if report.get("vocabulary"):
         sections.append(_section("Vocabulary", vocabulary_section(report["vocabulary"])))
+    for task, adapter in sorted((report.get("adapters") or {}).items()):
+        sections.append(_section(f"Adapter of {task}", facts_table(adapter)))
     if report.get("lineage"):
         sections += [_section(_step_title(step), lineage_section(step)) for step in report["lineage"]]
     return sections
@@ -296,7 +307,12 @@ def _origin(report: Mapping[str, Any]) -> str:
         for task, by in sorted(report["calibration"].items())
         for field, value in sorted(by.items())
     ]
-    details = [("temperatures", ["task", "field", "temperature"], temperatures)] if temperatures else []
+    details: list[tuple[str, list[str], Any]] = []
+    details += [("temperatures", ["task", "field", "temperature"], temperatures)] if temperatures else []
+    lines = [
+        (task, name, count) for task, by in sorted((report.get("lines") or {}).items()) for name, count in by.items()
+    ]
+    details += [("confidences read off a line", ["task", "field", "knots"], lines)] if lines else []
     details.append(("tools", ["tool", "version"], sorted(report["tools"].items())))
     return element("p", text(said), element("code", text(checkpoint["sha256"]))) + "".join(
         element("details", element("summary", name), table(head, rows)) for name, head, rows in details

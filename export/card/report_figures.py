@@ -20,6 +20,7 @@ from export.card.markup import (
     table,
     text,
 )
+from export.card.report_floors import floor_marks
 from export.proof.reliability import BINS, wilson_interval
 
 UNMEASURED = "not measured"
@@ -193,11 +194,17 @@ def risk_figures(by_precision: Mapping[str, Mapping[str, Any]], shipped: str) ->
     """What leaving the least sure answers to someone else buys: by precision for whole decisions, and by field."""
     whole = {p: (by_precision[p].get("risk_coverage") or {}).get("decision") for p in in_order(by_precision)}
     fields = (by_precision[shipped].get("risk_coverage") or {}).get("fields") or {}
+    marks = floor_marks(by_precision[shipped].get("floors") or {})
     return [
         found
         for found in (
-            _risk_figure("Whole decisions: errors against coverage", whole, _RISK_NOTE),
-            _risk_figure(f"{shipped}, each field: errors against coverage", dict(sorted(fields.items())), ""),
+            _risk_figure("Whole decisions: errors against coverage", whole, _RISK_NOTE, {}),
+            _risk_figure(
+                f"{shipped}, each field: errors against coverage",
+                dict(sorted(fields.items())),
+                _MARK_NOTE if marks else "",
+                marks,
+            ),
         )
         if found
     ]
@@ -208,20 +215,26 @@ _RISK_NOTE = (
     "wrong. The numbers say which confidence to ask for at an error rate that you accept."
 )
 
+_MARK_NOTE = (
+    "Ringed: the field's floor. It lies off the line where the floor looks at other fields' confidence too, or where a "
+    "guard changed values."
+)
 
-def _risk_figure(title: str, curves: Mapping[str, Any], note: str) -> str:
+
+def _risk_figure(title: str, curves: Mapping[str, Any], note: str, marks: Mapping[str, Point]) -> str:
     lines, rows = [], []
     for series, (name, found) in enumerate(curves.items()):
         points = _with_shares(found, "coverage", "wrong", "confidence")
         if points:
             hints = [f"{share_text(p['coverage'])} answered, {share_text(p['wrong'])} of them wrong" for p in points]
             drawn = tuple(Point(p["coverage"], p["wrong"], hint) for p, hint in zip(points, hints, strict=True))
-            lines.append(Line(name, drawn, series))
+            lines.append(Line(name, drawn, series, marks.get(name)))
             rows += [(name, p["confidence"], p["coverage"], p["wrong"]) for p in points]
     if not lines:
         return ""
     x = Axis("share of events answered", 0, 1, lambda part: f"{100 * part:.0f} %")
-    y = _from_zero("wrong, of those answered", [p.y for line in lines for p in line.points])
+    shown = [p for line in lines for p in (*line.points, line.mark) if p is not None]
+    y = _from_zero("wrong, of those answered", [p.y for p in shown])
     numbers = table(["curve", "confidence at least", "answered", "wrong of those"], rows)
     return figure(title, note, plot(title, x, y, lines), numbers)
 

@@ -78,6 +78,15 @@ def count_parameters(files: tuple[Path, ...]) -> int:
     return sum(math.prod(shape) for found in shapes.values() for shape in found.values())
 
 
+def tensor_shapes(files: tuple[Path, ...]) -> dict[str, list[int]]:
+    """Shape of every weight by name, read off the headers.
+
+    Raises:
+        PermanentError: ``export.weights_corrupt``.
+    """
+    return {name: shape for file in files for name, shape in _shapes(file).items()}
+
+
 def check_finite(file: Path) -> None:
     """Read every weight once.
 

@@ -32,6 +32,8 @@ def add_build(commands: Any) -> None:
     build.add_argument("--target", required=True, help="see `edge-export targets`")
     build.add_argument("--soc", metavar="CHIP", help="the chip to compile for; default: the target's first")
     build.add_argument("--task", required=True, type=Path, nargs="+", action="extend", metavar="DIR")
+    lora = "a LoRA adapter (PEFT) for one task; all tasks share the checkpoint's weights"
+    build.add_argument("--adapter", action="append", default=[], metavar="TASK=FOLDER", help=lora)
     build.add_argument("--out", required=True, type=Path, metavar="DIR")
     build.add_argument("--name", help="default: the checkpoint folder's name")
     build.add_argument("--version", default="0.1.0")
@@ -61,6 +63,17 @@ def _add_weights(group: Any) -> None:
     group.add_argument("--sweep", type=float, metavar="SECONDS", help=tried)
 
 
+def _adapters(given: list[str]) -> dict[str, Path]:
+    """``TASK=FOLDER`` entries."""
+    folders: dict[str, Path] = {}
+    for entry in given:
+        name, equals, folder = entry.partition("=")
+        if not equals or not folder or name in folders:
+            raise RefusedError("export.usage", f"--adapter takes TASK=FOLDER, once a task, not {entry!r}")
+        folders[name] = Path(folder)
+    return folders
+
+
 def _add_shrinking(group: Any) -> None:
     group.add_argument(
         "--drop-layers", type=int, default=0, metavar="N", help="take out the layers the task needs least"
@@ -81,11 +94,19 @@ def _add_graph(group: Any) -> None:
     group.add_argument("--vocab-heldout", help="measure on these texts what the pruned head can write", **files)
     group.add_argument("--kv", choices=("float32", "int8"), default="float32", help="element type of the caches")
     group.add_argument("--head", choices=("attached", "split"), default="attached", help="split: a graph of its own")
-    group.add_argument("--ragged", action="store_true", help="let batches continue by different numbers of tokens")
+    group.add_argument(
+        "--together",
+        "--ragged",
+        action=argparse.BooleanOptionalAction,
+        help="let events share passes, and score several positions of a pass (default: where the target can)",
+    )
 
 
 def _add_proof(group: Any) -> None:
-    group.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help="fit temperatures")
+    chosen = "fit temperatures, and choose floors for the task's max_wrong"
+    group.add_argument("--calibrate-on", action="append", default=[], metavar="[TASK=]FILE", help=chosen)
+    line = "straighten a field's confidence with a rising line where that beats its temperature on held-out events"
+    group.add_argument("--isotonic", action="store_true", help=line)
     group.add_argument("--evaluate-on", action="append", default=[], metavar="[TASK=]FILE", help="measure accuracy")
     group.add_argument("--quality", type=Path, metavar="FILE", help="embed figures that were measured before")
     group.add_argument("--arm64-root", type=Path, metavar="DIR", help="have an emulated Arm answer (.ci/arm64_root.sh)")
@@ -125,7 +146,7 @@ def run_build(arguments: argparse.Namespace) -> int:
             vocab_heldout=tuple(arguments.vocab_heldout),
             kv=arguments.kv,
             head=arguments.head,
-            ragged=arguments.ragged,
+            together=arguments.together,
         ),
         max_context_tokens=arguments.max_context,
         elsewhere=Elsewhere(arguments.arm64_root, arguments.openvino_python),
@@ -133,7 +154,9 @@ def run_build(arguments: argparse.Namespace) -> int:
             calibrate_on=_by_task(arguments.calibrate_on, arguments.task),
             evaluate_on=_by_task(arguments.evaluate_on, arguments.task),
             quality=read_quality(arguments.quality) if arguments.quality else {},
+            isotonic=arguments.isotonic,
         ),
+        adapters=_adapters(arguments.adapter),
     )
     place = Workplace(best_progress(), arguments.work, arguments.force)
     if arguments.dry_run:

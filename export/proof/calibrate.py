@@ -1,24 +1,29 @@
 """One temperature per field, so that a confidence of 0.9 is right nine times in ten.
 
 ``tasks/<task>/calibration.json`` is ``{"format": 1, "temperature": {"category": 1.3, ...}}``; the engine applies
-p_i ∝ p_i^(1/T) to the softmax over the allowed tokens at each choice of the field. The decision is unchanged.
+p_i ∝ p_i^(1/T) to the softmax over the allowed tokens at each choice of the field. The decision is unchanged. Beside
+the temperatures stand the floors that were chosen, and (in format 2) a line for fields that one temperature cannot
+straighten: see `edge_agent.runtime.calibration`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from edge_agent.contract.task import GoldenExample, TaskSpec
+from edge_agent.contract.thresholds import ChosenFloor
+from edge_agent.runtime.calibration import Knots
 from export.proof.greedy import Choice, GreedyDecoder
+from export.proof.isotonic import log_loss
+from export.proof.reliability import Pair
 
 CALIBRATION_NAME = "calibration.json"
 TEMPERATURES = tuple(round(0.3 * 1.02**step, 2) for step in range(180))  # 0.3 .. 10.4
 MIN_ROWS = 50
 """Fewer rows than this say too little about a tail: the field keeps temperature 1."""
-
-_FLOOR = 1e-6
 
 Trial = tuple[tuple[Choice, ...], bool]
 
@@ -37,6 +42,17 @@ def fit_temperatures(decoder: GreedyDecoder, task: TaskSpec, rows: Sequence[Gold
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
     """
+    return {name: best_temperature(found) for name, found in gather_trials(decoder, task, rows).items()}
+
+
+def gather_trials(decoder: GreedyDecoder, task: TaskSpec, rows: Sequence[GoldenExample]) -> dict[str, list[Trial]]:
+    """What the model chose for each field and whether it was right, by field; guards are not asked.
+
+    Args:
+        decoder: the model that will be shipped.
+        task: the task.
+        rows: labelled events.
+    """
     trials: dict[str, list[Trial]] = {field.name: [] for field in task.output_fields}
     for row in rows:
         decoded = decoder.decide(task, dict(row.event))
@@ -44,7 +60,7 @@ def fit_temperatures(decoder: GreedyDecoder, task: TaskSpec, rows: Sequence[Gold
             choices = tuple(choice for choice in decoded.choices if choice.field == name)
             if choices:
                 found.append((choices, decoded.decision[name] == row.decision[name]))
-    return {name: best_temperature(found) for name, found in trials.items()}
+    return trials
 
 
 def best_temperature(trials: Sequence[Trial]) -> float:
@@ -54,16 +70,36 @@ def best_temperature(trials: Sequence[Trial]) -> float:
     return min(TEMPERATURES, key=lambda temperature: _log_loss(trials, temperature))
 
 
-def calibration_bytes(temperatures: dict[str, float]) -> bytes:
-    """The file's canonical bytes."""
-    return (json.dumps({"format": 1, "temperature": temperatures}, indent=2, sort_keys=True) + "\n").encode()
+def sureness(trial: Trial, temperature: float) -> Pair:
+    """Confidence at a temperature, and hit."""
+    choices, right = trial
+    return math.prod(choice.probability(temperature) for choice in choices), right
+
+
+def calibration_bytes(
+    temperatures: Mapping[str, float],
+    knots: Mapping[str, Knots] | None = None,
+    floors: Mapping[str, ChosenFloor] | None = None,
+) -> bytes:
+    """The file's canonical bytes.
+
+    Args:
+        temperatures: by field.
+        knots: by field, where temperature alone did not do. They make it a file of format 2.
+        floors: by field, where the task asks for an error target.
+    """
+    content: dict[str, Any] = {"format": 2 if knots else 1, "temperature": dict(temperatures)}
+    if knots:
+        content["knots"] = {name: line.model_dump(mode="json") for name, line in knots.items()}
+    if floors:
+        # The floor is spelled out: one that was not found must not look like one that was forgotten.
+        content["floors"] = {
+            name: {**found.model_dump(mode="json", exclude_defaults=True), "floor": found.floor}
+            for name, found in floors.items()
+        }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _log_loss(trials: Sequence[Trial], temperature: float) -> float:
-    loss = 0.0
-    for choices, right in trials:
-        confidence = math.prod(choice.probability(temperature) for choice in choices)
-        confidence = min(1 - _FLOOR, max(_FLOOR, confidence))
-        loss -= math.log(confidence if right else 1 - confidence)
     # Nine decimals: a sum must not decide between equal temperatures by its last bit.
-    return round(loss, 9)
+    return round(sum(log_loss(sureness(trial, temperature), float) for trial in trials), 9)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edge_agent.contract.event import Event, check_event
 from edge_agent.contract.task import GoldenExample, TaskSpec
+from edge_agent.contract.thresholds import Floors, floors_of
 from edge_agent.errors import EdgeError, PermanentError
+from edge_agent.runtime.calibration import Calibration
 from export.proof.greedy import GreedyDecoder
+from export.proof.passing import Passing, passing
 from export.proof.reliability import Bin, Pair, RiskPoint, bins, expected_calibration_error, risk_coverage
 
 CURVES = ("reliability", "risk_coverage")
@@ -50,6 +53,7 @@ class Quality:
         risk_by_field: errors of each field against the share of events that its threshold lets through, same rows.
         risk: the same for whole decisions, guards included: as sure as their least sure field, right when every
             field is.
+        floors: what the floor of each field with a threshold lets through; guarded rows count, as they are published.
     """
 
     rows: int
@@ -62,6 +66,7 @@ class Quality:
     reliability: dict[str, tuple[Bin, ...]]
     risk_by_field: dict[str, tuple[RiskPoint, ...]]
     risk: tuple[RiskPoint, ...]
+    floors: dict[str, Passing] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, four decimals: more would be noise of the sample."""
@@ -73,6 +78,7 @@ class Quality:
             "ece": {name: round(value, 4) for name, value in self.ece.items()},
             "answered": round(self.answered, 4),
             "exact_when_answered": round(self.exact_when_answered, 4),
+            "floors": {name: found.as_dict() for name, found in self.floors.items()},
             "reliability": {name: [b.as_dict() for b in found] for name, found in self.reliability.items()},
             "risk_coverage": {
                 "decision": [point.as_dict() for point in self.risk],
@@ -124,31 +130,39 @@ def _labelled(line: str, where: str, task: TaskSpec) -> GoldenExample:
     return row
 
 
-def greedy_backend(decoder: GreedyDecoder, task: TaskSpec, temperatures: dict[str, float] | None = None) -> Decide:
+def greedy_backend(decoder: GreedyDecoder, task: TaskSpec, calibration: Calibration | None = None) -> Decide:
     """The oracle as a backend."""
+    temperatures = calibration.temperatures if calibration else None
 
     def decide(event: Event) -> Outcome:
         decoded = decoder.decide(task, event)
         decision, guards = task.apply_guards(event, decoded.decision)
-        return Outcome(decision, decoded.confidence(temperatures), bool(guards))
+        confidence = decoded.confidence(temperatures)
+        return Outcome(decision, calibration.published(confidence) if calibration else confidence, bool(guards))
 
     return decide
 
 
-def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec) -> Quality:
+def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec, floors: Floors | None = None) -> Quality:
     """Answer every row and compare.
 
     Args:
         decide: the backend.
         rows: labelled events.
         task: for its fields and thresholds.
+        floors: its thresholds as numbers; needed where it asks for an error target.
 
     Returns:
         The figures.
+
+    Raises:
+        PermanentError: ``task.calibration_invalid`` for a target without ``floors``.
     """
+    floors = floors_of(task.thresholds, {}) if floors is None else floors
     fields = [field.name for field in task.output_fields]
     right = dict.fromkeys(fields, 0)
     calibration: dict[str, list[Pair]] = {name: [] for name in fields}
+    published: dict[str, list[Pair]] = {name: [] for name in fields}
     whole: list[Pair] = []
     failed = exact = answered = answered_exact = 0
     for row in rows:
@@ -160,11 +174,12 @@ def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec) -> Q
         hits = {name: outcome.decision[name] == row.decision[name] for name in fields}
         for name, hit in hits.items():
             right[name] += hit
+            published[name].append((floors.sureness(name, outcome.confidence), hit))
             if not outcome.guarded:
                 calibration[name].append((outcome.confidence[name], hit))
         exact += all(hits.values())
         whole.append((min(outcome.confidence[name] for name in fields), all(hits.values())))
-        if all(outcome.confidence[name] >= floor for name, floor in task.thresholds.items()):
+        if not floors.unsure(outcome.confidence):
             answered += 1
             answered_exact += all(hits.values())
     return Quality(
@@ -178,4 +193,5 @@ def evaluate(decide: Decide, rows: Sequence[GoldenExample], task: TaskSpec) -> Q
         reliability={name: bins(pairs) for name, pairs in calibration.items()},
         risk_by_field={name: risk_coverage(pairs, len(rows)) for name, pairs in calibration.items()},
         risk=risk_coverage(whole, len(rows)),
+        floors=passing(task.thresholds, floors, published, len(rows)),
     )

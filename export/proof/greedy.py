@@ -12,6 +12,7 @@ for a token at which values part, those values go on byte by byte.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from edge_agent.contract.manifest import ModelSpec
 from edge_agent.contract.output import BoolField, EnumField, IntField, OutputField, TextField
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import PermanentError
+from edge_agent.runtime.adapter import Arrays, adapter_feeds
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
@@ -70,7 +72,7 @@ class Decoded:
     choices: tuple[Choice, ...]
     tokens: tuple[int, ...]
 
-    def confidence(self, temperatures: dict[str, float] | None = None) -> dict[str, float]:
+    def confidence(self, temperatures: Mapping[str, float] | None = None) -> dict[str, float]:
         """Probability of each field's value: product over the field's choices; 1.0 where nothing was left to choose."""
         result = dict.fromkeys(self.decision, 1.0)
         for choice in self.choices:
@@ -85,13 +87,16 @@ class StepModel:
         graph: path of the ONNX file; the head's files lie beside it where the graph has them apart.
         spec: its shape.
         threads: intra-op threads.
+        adapter: a task's matrices, of `edge_agent.runtime.adapter.task_adapter`; None: the shared weights as they are.
 
     Attributes:
         head_rows: the tokens that the logits score.
     """
 
-    def __init__(self, graph: Path, spec: ModelSpec, threads: int = 1) -> None:
+    def __init__(self, graph: Path, spec: ModelSpec, threads: int = 1, adapter: Arrays | None = None) -> None:
         self._session = _session(graph, threads)
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        self._adapter = adapter_feeds(spec.adapter_inputs or (), shapes, adapter or {})
         self._head = _session(graph.with_name(Path(spec.head).name), threads) if spec.head else None
         beside = graph.with_name(Path(spec.head_ids).name) if spec.head_ids else None
         self.head_rows = read_head_rows(spec.vocab_size, beside)
@@ -117,9 +122,12 @@ class StepModel:
             "input_ids": np.array([ids], np.int64),  # [1, seq]
             "attention_mask": np.ones((1, length), np.int64),  # [1, past + seq]
             **past,
+            **self._adapter,
         }
         if self._spec.ragged:
             feeds["query_seqlens"] = np.array([len(ids)], np.int32)  # [1]
+        if self._spec.score_at:
+            feeds["score_at"] = np.array([[0, len(ids) - 1]], np.int64)  # [1, 2]: the last position, as ever
         outputs = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
         present = {name: outputs[name.replace("past_key_values", "present")] for name in past}
         if self._head is None:
@@ -150,10 +158,13 @@ class GreedyDecoder:
         tokenizer: path of ``tokenizer.json``.
         spec: the graph's shape and special tokens.
         threads: intra-op threads.
+        adapter: of the task that will be asked; see `StepModel`.
     """
 
-    def __init__(self, graph: Path, tokenizer: Path, spec: ModelSpec, threads: int = 1) -> None:
-        self._model = StepModel(graph, spec, threads)
+    def __init__(
+        self, graph: Path, tokenizer: Path, spec: ModelSpec, threads: int = 1, adapter: Arrays | None = None
+    ) -> None:
+        self._model = StepModel(graph, spec, threads, adapter)
         self._spec = spec
         self._encoder = TextEncoder(tokenizer, spec.vocab_size)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.contract.task import TaskSpec
-from edge_agent.errors import PermanentError
+from edge_agent.runtime.adapter import task_adapter
 from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.calibration import Calibration, load_calibration
 from edge_agent.runtime.engine import Engine
 from export.proof.calibrate import CALIBRATION_NAME
 from export.proof.evaluate import Decide, Outcome, greedy_backend
@@ -32,15 +32,15 @@ def bundle_backend(bundle: Path, task: TaskSpec, *, oracle: bool = False) -> Ite
         oracle: whether the slow reference decoder answers instead of the engine.
 
     Raises:
-        EdgeError: ``bundle.*``.
+        EdgeError: ``bundle.*``, ``task.*``.
     """
     manifest, digest = read_manifest(bundle)
     verified = open_installed_bundle(bundle, digest)
     if oracle:
-        decoder = GreedyDecoder(
-            bundle / manifest.model.decoder, bundle / manifest.model.tokenizer, manifest.model, THREADS
-        )
-        yield greedy_backend(decoder, task, read_temperatures(bundle, task.name))
+        model = manifest.model
+        adapter = task_adapter(bundle, model, task.name)
+        decoder = GreedyDecoder(bundle / model.decoder, bundle / model.tokenizer, model, THREADS, adapter)
+        yield greedy_backend(decoder, task, read_calibration(bundle, task))
         return
     engine = Engine(verified, THREADS)
 
@@ -51,17 +51,11 @@ def bundle_backend(bundle: Path, task: TaskSpec, *, oracle: bool = False) -> Ite
     yield decide
 
 
-def read_temperatures(bundle: Path, task: str) -> dict[str, float]:
-    """Temperatures of a task, empty when the bundle is not calibrated.
+def read_calibration(bundle: Path, task: TaskSpec) -> Calibration:
+    """A task's calibration, as the device reads it.
 
     Raises:
-        PermanentError: ``bundle.unsupported``.
+        PermanentError: ``task.calibration_invalid``.
     """
-    path = bundle / "tasks" / task / CALIBRATION_NAME
-    if not path.is_file():
-        return {}
-    try:
-        parsed = json.loads(path.read_text("utf-8"))
-        return {str(name): float(value) for name, value in parsed["temperature"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PermanentError("bundle.unsupported", f"{CALIBRATION_NAME} of {task!r} cannot be read: {error}") from error
+    path = bundle / "tasks" / task.name / CALIBRATION_NAME
+    return load_calibration(path if path.is_file() else None, task)

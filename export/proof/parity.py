@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -183,7 +183,11 @@ def against_transformers(checkpoint: Checkpoint, model: Steps) -> Parity:
     return against_recording(observe(checkpoint), model)
 
 
-def between(fp32: Steps, quantised: Steps, texts: Sequence[tuple[list[int], list[int]]]) -> Agreement:
+Texts = Sequence[tuple[list[int], list[int]]]
+"""Prompt ids with continuation ids."""
+
+
+def between(fp32: Steps, quantised: Steps, texts: Texts) -> Agreement:
     """Compare two graphs along given texts.
 
     Args:
@@ -195,9 +199,21 @@ def between(fp32: Steps, quantised: Steps, texts: Sequence[tuple[list[int], list
     Returns:
         The figures.
     """
+    return between_all([(fp32, quantised, texts)])
+
+
+def between_all(pairs: Iterable[tuple[Steps, Steps, Texts]]) -> Agreement:
+    """`between` for several pairs of graphs, counted together.
+
+    Args:
+        pairs: the reference, the candidate and their texts. Taken one by one, so that two graphs are loaded at a time.
+
+    Returns:
+        The figures.
+    """
     positions = same = tokens = 0
     divergence = left_surprise = right_surprise = 0.0
-    for prompt, continuation in texts:
+    for fp32, quantised, prompt, continuation in ((a, b, *text) for a, b, texts in pairs for text in texts):
         left, left_past = fp32.step(prompt, fp32.start())
         right, right_past = quantised.step(prompt, quantised.start())
         for token in [*continuation, None]:

@@ -12,7 +12,13 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.quantisation.block_weights import fits_float16
 
-_SCALES, _ZERO_POINTS = 2, 3
+_WIDE_INPUTS = {
+    # scales and zero points
+    "MatMulNBits": slice(2, 4),
+    "GatherBlockQuantized": slice(2, 4),
+    # scales of the weights; that of the activations is one number
+    "MatMulIntegerToFloat": slice(3, 4),
+}
 
 
 def compact_scales(model: ModelProto) -> int:
@@ -27,8 +33,8 @@ def compact_scales(model: ModelProto) -> int:
     wanted = {
         name
         for node in model.graph.node
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
-        for name in node.input[_SCALES : _ZERO_POINTS + 1]
+        if node.op_type in _WIDE_INPUTS
+        for name in node.input[_WIDE_INPUTS[node.op_type]]
     }
     # A table's scales reach its lookup through a Reshape.
     wanted |= {node.input[0] for node in model.graph.node if node.op_type == "Reshape" and node.output[0] in wanted}

@@ -36,7 +36,7 @@ from export.progress import LineProgress
 from export.proof.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
 from export.proof.evaluate import Quality, evaluate, read_labelled
 from export.proof.greedy import GreedyDecoder
-from export.proof.measure import DEADLINE_S, THREADS, bundle_backend
+from export.proof.measure import DEADLINE_S, THREADS, bundle_backend, read_calibration
 from export.quantisation.quantize import BLOCK_SIZES, CALIBRATED_METHODS, METHODS, QuantSettings
 from export.reference.generator import generate
 from export.request import BuildRequest, Identity, Measurement, read_quality
@@ -195,7 +195,7 @@ def _kinds(row: GoldenExample) -> list[tuple[str, Any]]:
 def quality_of(bundle: Path, task: TaskSpec, rows: list[GoldenExample]) -> Quality:
     """Accuracy of a bundle with the device's engine."""
     with bundle_backend(bundle, task) as decide:
-        return evaluate(decide, rows, task)
+        return evaluate(decide, rows, task, read_calibration(bundle, task).floors)
 
 
 @contextmanager
@@ -241,6 +241,7 @@ def _compare(checkpoint: Path, wanted: Sequence[str]) -> None:
 
 def _precisions() -> Iterator[tuple[Precision, QuantSettings]]:
     yield "fp32", QUANTISATION
+    yield "int8", QUANTISATION
     for method, block_size in product((*METHODS, *CALIBRATED_METHODS), BLOCK_SIZES):
         yield "int4", QuantSettings(method, block_size)
         if method != "hqq":

@@ -1,6 +1,7 @@
 """The held-out events as a file, for the demo and the benchmarks, which cannot import `export`.
 
-Run ``python -m export.reference.heldout --rows 1000``.
+Run ``python -m export.reference.heldout --rows 1000``; with ``--split validation --out FILE`` it writes other events,
+on which the reference model may be calibrated.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write held-out events with gold decisions as JSON lines.")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="whose sentences and machines")
     parser.add_argument("--out", type=Path, default=HELDOUT_FILE)
     arguments = parser.parse_args(argv)
     try:
-        write_rows(arguments.out, islice(generate("test", arguments.seed), arguments.rows))
+        write_rows(arguments.out, islice(generate(arguments.split, arguments.seed), arguments.rows))
         load_rows(arguments.out)
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")

@@ -73,13 +73,23 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
         **({"vocabulary": vocabulary} if vocabulary else {}),
         **({"lineage": list(parts.lineage)} if parts.lineage else {}),
         **parts.findings,
-        "calibration": _temperatures(parts, calibration),
+        **_calibrations(parts, calibration),
         "quality": proof["quality"],
     }
 
 
-def _temperatures(parts: Parts, fitted: dict[str, bytes]) -> dict[str, dict[str, float]]:
-    """Temperatures by task: those fitted by this build, else those that came with the task."""
+def _calibrations(parts: Parts, fitted: dict[str, bytes]) -> dict[str, Any]:
+    """Calibrations by task: those fitted by this build, else those that came with the task."""
     given = {name: file.read_bytes() for task in parts.tasks for name, file in task.calibration().items()}
-    merged = {**given, **fitted}
-    return {name.split("/")[1]: json.loads(content)["temperature"] for name, content in sorted(merged.items())}
+    read = {name.split("/")[1]: json.loads(content) for name, content in sorted({**given, **fitted}.items())}
+    floors = {task: one["floors"] for task, one in read.items() if one.get("floors")}
+    lines = {
+        task: {name: len(line["raw"]) for name, line in one["knots"].items()}
+        for task, one in read.items()
+        if one.get("knots")
+    }
+    return {
+        "calibration": {task: one.get("temperature", {}) for task, one in read.items()},
+        **({"floors": floors} if floors else {}),
+        **({"lines": lines} if lines else {}),
+    }

@@ -13,20 +13,23 @@ from typing import Any
 import onnxruntime
 
 from edge_agent.contract.manifest import Target
+from edge_agent.runtime.adapter import task_adapter
 from export.assembly import Parts, assemble
 from export.boards import Board
 from export.checkpoint.source import TOKENIZER_NAME
 from export.pipeline import Progress
-from export.proof.calibrate import CALIBRATION_NAME, calibration_bytes, fit_temperatures
+from export.proof.calibrate import CALIBRATION_NAME
 from export.proof.evaluate import evaluate
 from export.proof.evidence import Evidence, verification
 from export.proof.greedy import GreedyDecoder, StepModel
-from export.proof.measure import THREADS, bundle_backend
-from export.proof.parity import Agreement, between
+from export.proof.measure import THREADS, bundle_backend, read_calibration
+from export.proof.parity import Agreement, between_all
 from export.proof.testimony import retarget
 from export.request import Labelled
+from export.stages.calibrating import choose_floors, fit
 from export.stages.layout import PROOF_NAME, link_or_copy, read_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
+from export.tasks import TaskFolder
 from export.texts import TaskTexts
 
 HOST: Target = "cpu-x86_64"
@@ -44,6 +47,7 @@ class Candidate:
         board: the target.
         elsewhere: who else can answer the golden examples.
         compiled: that a vendor's compiler took the graphs.
+        isotonic: whether a line may straighten confidences where one temperature does not.
     """
 
     parts: Parts
@@ -52,6 +56,7 @@ class Candidate:
     board: Board
     elsewhere: Elsewhere
     compiled: tuple[Evidence, ...] = ()
+    isotonic: bool = False
 
     @property
     def is_static(self) -> bool:
@@ -71,23 +76,32 @@ def prove(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, 
     Raises:
         RefusedError: ``export.golden_failed``: every device would refuse this bundle.
     """
-    tasks = candidate.parts.tasks
     proof: dict[str, Any] = {"parity": _parity(candidate, progress)}
-    for task in tasks:
-        rows = labelled[task.spec.name].calibrate_on
-        if rows:
-            found = fit_temperatures(_oracle(candidate), task.spec, rows)
-            target = folder / "tasks" / task.spec.name / CALIBRATION_NAME
-            target.parent.mkdir(parents=True)
-            target.write_bytes(calibration_bytes(found))
-            progress.line(f"{task.spec.name}: temperatures {found} from {len(rows)} events")
+    _calibrate(candidate, labelled, folder, progress)
     with _looked_at(candidate.parts, calibration_texts(folder)) as bundle:
-        proof["quality"] = _quality(candidate, bundle, labelled, progress)
+        proof["quality"] = _quality(candidate, bundle, folder, labelled, progress)
         evidence = [*candidate.compiled]
         evidence += gather_evidence(candidate.board, bundle, candidate.elsewhere, progress)
         proof["evidence"] = [{**one.as_dict(), "word": verification(candidate.board, one)} for one in evidence]
         proof["verification"] = verification(candidate.board, *evidence)
     (folder / PROOF_NAME).write_text(json.dumps(proof, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _calibrate(candidate: Candidate, labelled: Mapping[str, Labelled], folder: Path, progress: Progress) -> None:
+    asked = [(task.spec, labelled[task.spec.name].calibrate_on) for task in candidate.parts.tasks]
+    # Every file first, with targets unmet: the engine loads all tasks, and refuses one that has no floor at all.
+    isotonic = candidate.isotonic
+    fitted = [
+        fit(_oracle(candidate, task.name), task, rows, progress, isotonic=isotonic) for task, rows in asked if rows
+    ]
+    for one in fitted:
+        one.write(folder)
+    if not any(one.floors for one in fitted):
+        return
+    with _looked_at(candidate.parts, calibration_texts(folder)) as bundle, _runnable(candidate, bundle) as shipped:
+        chosen = [choose_floors(one, lambda task: bundle_backend(shipped, task), progress) for one in fitted]
+    for one in chosen:
+        one.write(folder)
 
 
 def calibration_texts(proven: Path) -> dict[str, bytes]:
@@ -110,24 +124,36 @@ def _parity(candidate: Candidate, progress: Progress) -> dict[str, Any]:
 
 
 def _agreement(candidate: Candidate) -> Agreement:
-    texts = TaskTexts(candidate.parts.checkpoint, candidate.parts.tasks).golden()
-    return between(_steps(candidate.full), _steps(candidate.parts.model), texts)
+    adapted = read_spec(candidate.parts.model).adapters or {}
+    groups: dict[str | None, list[TaskFolder]] = {}
+    for task in candidate.parts.tasks:
+        groups.setdefault(task.spec.name if task.spec.name in adapted else None, []).append(task)
+    return between_all(
+        (
+            _steps(candidate.full, name),
+            _steps(candidate.parts.model, name),
+            TaskTexts(candidate.parts.checkpoint, tasks).golden(),
+        )
+        for name, tasks in groups.items()
+    )
 
 
 def _quality(
-    candidate: Candidate, bundle: Path, labelled: Mapping[str, Labelled], progress: Progress
+    candidate: Candidate, bundle: Path, proven: Path, labelled: Mapping[str, Labelled], progress: Progress
 ) -> dict[str, dict[str, Any]]:
     quality: dict[str, dict[str, Any]] = {name: dict(by) for name, by in candidate.parts.quality.items()}
     measured = [task for task in candidate.parts.tasks if labelled[task.spec.name].evaluate_on]
     if not measured:
         return quality
     fp32 = replace(candidate.parts, model=candidate.full, identity=replace(candidate.parts.identity, target=HOST))
-    with _looked_at(fp32, {}) as yardstick, _runnable(candidate, bundle) as shipped:
+    # Without a calibration of its own, but a task that asks for an error target is refused without floors.
+    borrowed = {name: text for name, text in calibration_texts(proven).items() if json.loads(text).get("floors")}
+    with _looked_at(fp32, borrowed) as yardstick, _runnable(candidate, bundle) as shipped:
         for task in measured:
             name, rows = task.spec.name, labelled[task.spec.name].evaluate_on
             for precision, place in {"fp32": yardstick, candidate.precision: shipped}.items():
                 with bundle_backend(place, task.spec) as decide:
-                    found = evaluate(decide, rows, task.spec)
+                    found = evaluate(decide, rows, task.spec, read_calibration(place, task.spec).floors)
                 quality.setdefault(name, {})[precision] = found.as_dict()
                 progress.line(f"{name}: {precision} right in every field for {found.exact:.2%} of {found.rows} events")
     return quality
@@ -151,13 +177,15 @@ def _looked_at(parts: Parts, texts: Mapping[str, bytes]) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _oracle(candidate: Candidate) -> GreedyDecoder:
+def _oracle(candidate: Candidate, task: str) -> GreedyDecoder:
     # Static graphs take other inputs than the oracle gives: the same model in fp32 stands in for them.
     model = candidate.full if candidate.is_static else candidate.parts.model
     spec = read_spec(model)
-    return GreedyDecoder(model / spec.decoder, candidate.parts.checkpoint.path / TOKENIZER_NAME, spec, threads=THREADS)
+    tokenizer = candidate.parts.checkpoint.path / TOKENIZER_NAME
+    return GreedyDecoder(model / spec.decoder, tokenizer, spec, THREADS, task_adapter(model, spec, task))
 
 
-def _steps(model: Path) -> StepModel:
+def _steps(model: Path, adapted_task: str | None) -> StepModel:
     spec = read_spec(model)
-    return StepModel(model / spec.decoder, spec, threads=THREADS)
+    adapter = task_adapter(model, spec, adapted_task) if adapted_task else None
+    return StepModel(model / spec.decoder, spec, THREADS, adapter)

@@ -1,4 +1,4 @@
-"""Stage *quantise*: from fp32 weights to INT4, with eight bits where four hurt."""
+"""Stage *quantise*: from fp32 weights to INT4, with eight bits where four hurt; or to eight bits by rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
+
 from export.graphs.graph import load_graph, save_graph
 from export.pipeline import Progress
+from export.quantisation.int8_rows import LABEL, quantise_rows
 from export.quantisation.quantize import QuantSettings, quantize_int4
 from export.quantisation.sensitivity import choose_int8, measure_sensitivity
 from export.stages.layout import DECODER, SENSITIVITY_NAME, read_spec, write_spec
@@ -18,7 +21,7 @@ from export.texts import TaskTexts
 def quantise(
     fused: Path, settings: QuantSettings, int8_share: float, texts: TaskTexts, folder: Path, progress: Progress
 ) -> None:
-    """Quantise the fused graph.
+    """Quantise the fused graph to INT4.
 
     Args:
         fused: outputs of stage *fuse*.
@@ -37,11 +40,35 @@ def quantise(
         settings = replace(settings, int8_nodes=choose_int8(found, int8_share))
         facts = [one.as_dict(settings.int8_nodes) for one in found]
         (folder / SENSITIVITY_NAME).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    calibration_ids = texts.calibration() if settings.needs_texts else ()
-    model = quantize_int4(model, settings, calibration_ids=calibration_ids)
+    _finish(fused, _int4(model, settings, texts), settings.label, folder, progress)
+
+
+def quantise_int8(fused: Path, settings: QuantSettings, texts: TaskTexts, folder: Path, progress: Progress) -> None:
+    """Quantise the fused graph's projections to eight bits by rows, embedding and head to INT4.
+
+    Args:
+        fused: outputs of stage *fuse*.
+        settings: how embedding and head are quantised.
+        texts: the tasks' own, to calibrate on.
+        folder: receives ``model/decoder.onnx`` and ``spec.json``.
+        progress: is told the size.
+
+    Raises:
+        EdgeError: ``export.block_size``, ``export.calibration_missing``, ``export.quantize_failed``, …
+    """
+    model = load_graph(fused / DECODER)
+    quantise_rows(model)
+    _finish(fused, _int4(model, settings, texts), LABEL, folder, progress)
+
+
+def _int4(model: ModelProto, settings: QuantSettings, texts: TaskTexts) -> ModelProto:
+    return quantize_int4(model, settings, calibration_ids=texts.calibration() if settings.needs_texts else ())
+
+
+def _finish(fused: Path, model: ModelProto, label: str, folder: Path, progress: Progress) -> None:
     files = save_graph(model, folder / DECODER)
-    write_spec(folder, read_spec(fused).model_copy(update={"precision": settings.label}))
-    progress.line(f"{settings.label} graph: {sum(file.stat().st_size for file in files):,} bytes")
+    write_spec(folder, read_spec(fused).model_copy(update={"precision": label}))
+    progress.line(f"{label} graph: {sum(file.stat().st_size for file in files):,} bytes")
 
 
 def sensitivity_facts(folder: Path) -> dict[str, Any]:

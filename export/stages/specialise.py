@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from onnx import ModelProto
 
 from edge_agent.contract.manifest import ModelSpec
 from export.boards import Board
+from export.checkpoint.peft import LoraAdapter
 from export.checkpoint.source import Checkpoint
+from export.graphs.chosen_scores import score_chosen_positions
 from export.graphs.graph import load_graph, save_graph, save_graphs
 from export.graphs.half import check_headroom, peak_activations, to_half
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
+from export.graphs.low_rank import add_branches
 from export.graphs.pruned_head import prune_head
 from export.graphs.ragged import add_ragged
 from export.graphs.split_head import split_head
@@ -23,6 +27,7 @@ from export.pipeline import Progress
 from export.quantisation.coarse_table import coarsen_table
 from export.quantisation.compact import compact_scales
 from export.request import GraphOptions
+from export.stages.adapt import take_adapters
 from export.stages.layout import DECODER, HEAD, HEAD_IDS, MODEL_DIR, VOCABULARY_NAME, read_spec, write_spec
 from export.tasks import TaskFolder
 from export.texts import TaskTexts
@@ -41,6 +46,7 @@ class Speciality:
         checkpoint: where the weights came from.
         tasks: the bundle's tasks.
         texts: theirs, to measure activations on.
+        adapters: by task.
     """
 
     board: Board
@@ -48,9 +54,12 @@ class Speciality:
     checkpoint: Checkpoint
     tasks: tuple[TaskFolder, ...]
     texts: TaskTexts
+    adapters: Mapping[str, LoraAdapter] = field(default_factory=dict)
 
 
-def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Progress) -> None:
+def specialise(
+    speciality: Speciality, shipped: Path, folder: Path, progress: Progress, adapted: Path | None = None
+) -> None:
     """Rewrite the graph for those who will run it.
 
     Args:
@@ -58,6 +67,7 @@ def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Pr
         shipped: outputs of stage *quantise*, or of *fuse* for fp32.
         folder: receives ``model/`` and ``spec.json``.
         progress: is told what was changed.
+        adapted: outputs of stage *adapt*, where tasks have adapters.
 
     Raises:
         EdgeError: ``export.vocab_*``, ``tokenizer.no_bytes``, ``export.graph_unexpected``.
@@ -65,16 +75,21 @@ def specialise(speciality: Speciality, shipped: Path, folder: Path, progress: Pr
     (folder / MODEL_DIR).mkdir()
     changes: dict[str, Any] = {}
     model = load_graph(shipped / DECODER)
+    if adapted is not None:
+        # After the weights were rounded: an adapter was trained beside them, and its own numbers stay as they are.
+        add_branches(model, speciality.adapters)
+        changes |= take_adapters(adapted, folder)
     if speciality.options.vocabulary:
         changes |= _prune(speciality, model, folder, progress)
     if speciality.options.kv == "int8":
         prompts = speciality.texts.calibration(ACTIVATION_TEXTS)
         quantise_kv(model, measure_kv_scales(model, prompts))
         changes["kv_dtype"] = "int8"
-    if speciality.options.ragged:
-        add_ragged(model)
-        changes["ragged"] = True
     half = speciality.board.activations == "float16"
+    if (not half) if speciality.options.together is None else speciality.options.together:
+        add_ragged(model)
+        score_chosen_positions(model)
+        changes |= {"ragged": True, "score_at": True}
     if half:
         # Before the head is cut off: its scores may overflow as well.
         _check_range(speciality, model, progress)

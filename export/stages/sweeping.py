@@ -10,6 +10,7 @@ from typing import Any
 
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.contract.task import GoldenExample, TaskSpec
+from edge_agent.contract.thresholds import Floors
 from edge_agent.errors import PermanentError
 from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
 from export.pipeline import Progress
@@ -23,6 +24,8 @@ from export.texts import TaskTexts
 
 JUDGED_EVENTS = 100
 CHOSEN_NAME = "chosen.json"
+_NO_FLOORS = Floors({}, {})
+"""Candidates are judged by right answers; which of them are sure enough is not known before the end."""
 
 
 def try_all(
@@ -66,7 +69,7 @@ def make_judge(checkpoint: Checkpoint, spec: ModelSpec, task: TaskSpec, rows: Se
 
     def judge(graph: Path) -> float:
         decoder = GreedyDecoder(graph, checkpoint.path / TOKENIZER_NAME, spec, threads=THREADS)
-        return evaluate(greedy_backend(decoder, task), rows[:JUDGED_EVENTS], task).exact
+        return evaluate(greedy_backend(decoder, task), rows[:JUDGED_EVENTS], task, _NO_FLOORS).exact
 
     return judge
 

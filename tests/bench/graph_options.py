@@ -34,6 +34,8 @@ from export.graphs.split_head import dynamic_head, split_head
 from export.graphs.vocabulary import choose_vocabulary
 from export.quantisation.coarse_table import coarsen_table
 from export.quantisation.compact import compact_scales
+from export.quantisation.int8_rows import quantise_rows
+from export.quantisation.matrices import stored_matrices
 from export.quantisation.quantize import QuantSettings, quantize_int4
 from export.tasks import open_tasks
 from export.texts import TaskTexts
@@ -47,6 +49,20 @@ CONTEXT = 1024
 Ids = npt.NDArray[np.int32]
 
 
+def _int4(model: ModelProto) -> ModelProto:
+    return quantize_int4(model, QuantSettings("rtn", 32))
+
+
+def _int8_rows(model: ModelProto) -> ModelProto:
+    quantise_rows(model)
+    return _int4(model)
+
+
+def _int8_blocks(model: ModelProto) -> ModelProto:
+    projections = tuple(matrix.node for matrix in stored_matrices(model) if not matrix.is_head)
+    return quantize_int4(model, QuantSettings("rtn", 32, int8_nodes=projections))
+
+
 @dataclass(frozen=True)
 class Form:
     """One form of the graph.
@@ -54,6 +70,7 @@ class Form:
     Args:
         name: in the table.
         fused: projections side by side.
+        quantise: from the fp32 graph to the one that is changed further.
         changes: what else is done to the INT4 graph, in order; gets the graph and the material of the checkpoint.
         split: head in a graph of its own.
         skip_head: passes are measured without the head's.
@@ -63,6 +80,7 @@ class Form:
 
     name: str
     fused: bool = True
+    quantise: Callable[[ModelProto], ModelProto] = _int4
     changes: tuple[Callable[[ModelProto, Material], None], ...] = ()
     split: bool = False
     skip_head: bool = False
@@ -107,16 +125,19 @@ FORMS = (
         changes=(lambda model, made: coarsen_table(model, made.kept),),
         spec=_HEAD_IDS,
     ),
+    Form("+ projections in eight bits, by rows", quantise=_int8_rows),
+    Form("+ projections in eight bits, by blocks of 32", quantise=_int8_blocks),
 )
 
 
-def make_forms(checkpoint: Checkpoint, rows: int, folder: Path) -> dict[str, Path]:
+def make_forms(checkpoint: Checkpoint, rows: int, folder: Path, forms: Sequence[Form] = FORMS) -> dict[str, Path]:
     """Build a bundle of every form.
 
     Args:
         checkpoint: a checked checkpoint.
         rows: tokens of the pruned head.
         folder: receives one folder a form.
+        forms: which.
 
     Returns:
         name of the form -> its bundle.
@@ -125,11 +146,11 @@ def make_forms(checkpoint: Checkpoint, rows: int, folder: Path) -> dict[str, Pat
     fp32 = folder / "fp32.onnx"
     save_graph(build_fp32(checkpoint, min(CONTEXT, checkpoint.max_positions)), fp32)
     bundles = {}
-    for number, form in enumerate(FORMS):
+    for number, form in enumerate(forms):
         model = load_graph(fp32)
         if form.fused:
             fuse_projections(model)
-        model = quantize_int4(model, QuantSettings("rtn", 32))
+        model = form.quantise(model)
         for change in form.changes:
             change(model, made)
         compact_scales(model)
@@ -252,23 +273,24 @@ def write_table(shape: str, text: str, page: Path = PAGE) -> None:
     page.write_text(pattern.sub(lambda _: begin + text + end, page.read_text("utf-8")), "utf-8")
 
 
-def bundles_of(shape: str, rows: int) -> dict[str, Path]:
+def bundles_of(shape: str, rows: int, forms: Sequence[Form] = FORMS) -> dict[str, Path]:
     """The forms of a shape, made once for each state of the exporter."""
     folder = REFERENCE / "checkpoint" if shape == "reference" else synthetic_checkpoint(shape)
     key = {
         "checkpoint": files_digest(folder),
         "rows": rows,
-        "export": files_digest(*sorted((ROOT / "export").glob("*.py"))),
+        "forms": [form.name for form in forms],
+        "export": files_digest(*sorted((ROOT / "export").rglob("*.py"))),
         "bench": files_digest(Path(__file__)),
         "versions": versions_of("onnxruntime", "mobius-onnx"),
     }
 
     def make(place: Path) -> None:
-        bundles = make_forms(open_checkpoint(folder), rows, place)
+        bundles = make_forms(open_checkpoint(folder), rows, place, forms)
         names = {name: bundle.name for name, bundle in bundles.items()}
         (place / "forms.json").write_text(json.dumps(names), "utf-8")
 
-    place = cached(f"graph-options-{shape}", key, make)
+    place = cached(f"graph-{'options' if forms == FORMS else 'precisions'}-{shape}", key, make)
     return {name: place / lies for name, lies in json.loads((place / "forms.json").read_text("utf-8")).items()}
 
 

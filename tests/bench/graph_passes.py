@@ -41,15 +41,17 @@ class Passes:
         bundle: its folder.
         threads: intra-op threads.
         skip_head: whether a head that is apart is left out.
+        capacity_tokens: longest text.
     """
 
-    def __init__(self, bundle: Path, threads: int, *, skip_head: bool) -> None:
+    def __init__(
+        self, bundle: Path, threads: int, *, skip_head: bool = False, capacity_tokens: int = DEPTH + STEPS
+    ) -> None:
         spec = read_manifest(bundle)[0].model
         self._decoder = _session(bundle / spec.decoder, threads)
         self._head = _session(bundle / spec.head, threads) if spec.head and not skip_head else None
         self._inputs = {value.name for value in self._decoder.get_inputs()}
-        capacity = DEPTH + STEPS
-        dims = (1, spec.num_kv_heads, capacity, spec.head_dim)
+        dims = (1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         self._binding = self._decoder.io_binding()
         self._caches = []
         for layer, half in itertools.product(range(spec.num_layers), ("key", "value")):

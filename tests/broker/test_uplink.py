@@ -612,3 +612,35 @@ def test_reconnecting_leaks_neither_threads_nor_descriptors(
         wait_until(lambda: threading.active_count() <= threads + 1)
     finally:
         gc.enable()
+
+
+def test_answers_reach_their_port_and_retained_ones_do_not(
+    broker: BrokerProcess, tmp_path: Path, peer: MakePeer
+) -> None:
+    reader = peer(broker.port, TOPICS.status)
+    old = TOPICS.escalation_answer("triage", "0" * 32)
+    reader.deliver(old, b"retained before the first subscription", retain=True)
+    settings = MqttSettings(host="127.0.0.1", port=broker.port, protocol="3.1.1")  # which replays what is retained
+    device = Node(tmp_path, settings, takes_answers=True)
+    device.start()
+    reader.on(TOPICS.status)
+    reader.deliver(TOPICS.escalation_answer("triage", "1" * 32), b"an answer")
+    reader.deliver(f"{TOPICS.base}/escalations-answers/triage/too/deep", b"not subscribed")
+    wait_until(lambda: device.answers)
+    wait_until(lambda: device.spool.counts().dropped == {"escalation.answer_retained": 1})
+    assert device.answers == [("triage", "1" * 32, b"an answer")]
+    device.stop()
+
+
+def test_a_node_that_takes_no_answers_does_not_subscribe_to_them(
+    broker: BrokerProcess, node: MakeNode, peer: MakePeer
+) -> None:
+    reader = peer(broker.port, TOPICS.status, DECISIONS)
+    device = node(broker.port)
+    device.start()
+    device.work()
+    reader.on(TOPICS.status)
+    reader.deliver(TOPICS.escalation_answer("triage", "1" * 32), b"an answer")
+    reader.deliver(EVENTS, event(1))
+    reader.on(DECISIONS)
+    assert device.answers == []

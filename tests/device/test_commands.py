@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from edge_agent.__main__ import main
+from edge_agent.runtime.thread_sweep import NEARLY_BEST, counts_for, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,24 @@ def test_figures_that_cannot_be_written_to_their_file_are_still_printed(
     said = capsys.readouterr()
     assert "p95_ms" in said.out
     assert "disk.missing" in said.err
+
+
+def test_a_sweep_prints_every_count_of_this_machine_and_what_an_installation_would_take(
+    reference_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--bundle", str(reference_bundle), "--sweep-threads"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    table = {row["threads"]: row["p50_ms"] for row in found["table"]}
+    assert list(table) == list(counts_for(usable_cores()))
+    assert table[found["threads"]] <= min(table.values()) * NEARLY_BEST
+    assert all(p50 > min(table.values()) * NEARLY_BEST for n, p50 in table.items() if n < found["threads"])
+
+
+def test_a_sweep_without_time_for_every_count_names_none(
+    reference_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No worker starts in a millisecond.
+    assert main(["bench", "--bundle", str(reference_bundle), "--sweep-threads", "--seconds", "0.001"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["threads"], found["table"]) == (None, [])
+    assert found["default_threads"] >= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from edge_agent.contract.task import load_task
+from tests.fakes import damaged_graphs
 from tests.fakes.brokers import BrokerProcess, mosquitto
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.cut_proxy import CutProxy
@@ -259,6 +261,59 @@ def test_a_bundle_damaged_in_service_is_replaced_by_the_one_before_it_and_then_m
 
     wait_until(is_mended, 60.0)
     wait_until(lambda: "# newer" in damaged.read_text(), 60.0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "workers_lost"),
+    [(damaged_graphs.never_ends, "worker.deadline", 0), (damaged_graphs.one_long_kernel, "event.poison", 2)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_event_on_which_the_model_hangs_is_buried_and_the_daemon_decides_the_next_one(
+    daemon: Daemon,
+    peer: Peer,
+    broker: BrokerProcess,
+    variant: Callable[[], BundleVariant],
+    *,
+    damage: damaged_graphs.Damage,
+    code: str,
+    workers_lost: int,
+) -> None:
+    bundle = variant()
+    damage(bundle.path / "model/decoder.onnx")
+    task = bundle.path / "tasks/triage/task.yaml"
+    task.write_text(re.sub(r"(?m)^deadline_ms:.*$", "", task.read_text()) + "\ndeadline_ms: 500\n")
+    bundle.seal()
+    daemon.start()
+    install(daemon, bundle.path, peer, broker.port)
+    peer.deliver(EVENTS, json.dumps({"id": "e-hangs", **damaged_graphs.LONG_EVENT}))
+    peer.deliver(EVENTS, an_event("behind"))
+    (letter,) = peer.on(TOPICS.deadletter)
+    assert (json.loads(letter.payload)["event_id"], json.loads(letter.payload)["error"]["code"]) == ("e-hangs", code)
+    peer.wait_for(lambda seen: seen.topic == DECISIONS and b'"e-behind"' in seen.payload)
+    assert daemon.log.read_text().count('"worker_lost"') == workers_lost
+    assert daemon.alive
+
+
+def test_an_installation_measures_thread_counts_and_the_model_serves_with_the_one_that_was_found(
+    tmp_path: Path, peer: Peer, broker: BrokerProcess, reference_bundle: Path
+) -> None:
+    daemon = Daemon(tmp_path, broker.port, worker={"threads": 0})
+    daemon.start()
+    try:
+        install(daemon, reference_bundle, peer, broker.port)
+        (choice,) = json.loads((daemon.state_dir / "threads.json").read_text())["choices"]
+        assert str(choice["threads"]) in choice["p50_ms"]
+        meta = json.loads(peer.on(TOPICS.meta)[-1].payload)
+        assert meta["worker_threads"] == choice["threads"]
+        choice["threads"] = 5  # no default is above 4: this can only come from the file
+        daemon.end()
+        (daemon.state_dir / "threads.json").write_text(json.dumps({"format": 1, "choices": [choice]}))
+        daemon.start()
+        wait_until(lambda: json.loads(peer.on(TOPICS.meta)[-1].payload)["worker_threads"] == 5)
+        threads = list(Path(f"/proc/{daemon.worker_pid()}/task").iterdir())
+        assert len(threads) >= 5
+    finally:
+        daemon.close()
 
 
 @pytest.mark.needs("root")

@@ -93,7 +93,7 @@ def test_answers_equal_plain_greedy_decoding_one_token_at_a_time(engine: Engine,
             assert ordered[-1] - ordered[-2] < TIE, (event, part.field)
             continue
         assert fast.tokens_out == len(plain.tokens)
-        calibrated = engine.prepared("triage").temperatures
+        calibrated = engine.prepared("triage").calibration.temperatures
         assert fast.confidence == pytest.approx(plain.confidence(calibrated), abs=0.02)
 
 
@@ -270,6 +270,46 @@ def test_calibration_changes_confidence_but_not_the_answer(
     flat, plain = decide(Engine(bundle.open(), 1), EVENT), decide(engine, EVENT)
     assert flat.decision == plain.decision
     assert flat.confidence["category"] == pytest.approx(0.1, abs=0.01)  # ten categories, all alike
+
+
+def test_a_line_changes_the_published_confidence_and_no_decision(
+    engine: Engine, variant: Callable[[], BundleVariant]
+) -> None:
+    bundle = variant()
+    line = {"raw": [0.0, 1.0], "right": [0.0, 0.5]}
+    before = json.loads((bundle.path / "tasks/triage/calibration.json").read_text())
+    bundle.put("tasks/triage/calibration.json", json.dumps({**before, "format": 2, "knots": {"category": line}}))
+    bundle.seal()
+    read, plain = decide(Engine(bundle.open(), 1), EVENT), decide(engine, EVENT)
+    assert read.decision == plain.decision
+    assert read.confidence == pytest.approx({**plain.confidence, "category": plain.confidence["category"] / 2})
+    # What is published is what the floor is held against: 0.6 is out of reach now.
+    assert (read.route, read.unsure_fields) == ("abstained", ("category",))
+
+
+def test_a_chosen_floor_decides_the_route_and_a_missing_one_the_load(variant: Callable[[], BundleVariant]) -> None:
+    bundle = variant()
+    task = yaml.safe_load((bundle.path / "tasks/triage/task.yaml").read_text())
+    task["thresholds"] = {"category": {"max_wrong": 0.01, "abstain": 0.999}, "severity": 0.0}
+    bundle.put("tasks/triage/task.yaml", json.dumps(task))
+    bundle.drop("tasks/triage/golden.jsonl")
+    chosen = {"max_wrong": 0.01, "certainty": 0.95, "events": 500, "passed": 400, "wrong": 0}
+    flat = {"category": 3.0}
+    answers = []
+    for floor in (0.5, 1.0, None):
+        floors = {"category": {**chosen, "floor": floor}}
+        bundle.put("tasks/triage/calibration.json", json.dumps({"format": 1, "temperature": flat, "floors": floors}))
+        bundle.seal()
+        answers.append(decide(Engine(bundle.open(), 1), {"machine": "press-4", "text": "hydraulic pump leaks oil"}))
+        assert Answer.from_dict(json.loads(json.dumps(answers[-1].as_dict()))) == answers[-1]
+    assert 0.5 < answers[0].confidence["category"] < 0.999
+    assert [answer.route for answer in answers] == ["device", "abstained", "abstained"]
+    assert [answer.hopeless_fields for answer in answers] == [(), ("category",), ("category",)]
+    bundle.drop("tasks/triage/calibration.json")
+    bundle.seal()
+    with pytest.raises(PermanentError) as caught:
+        Engine(bundle.open(), 1)
+    assert caught.value.code == "task.calibration_invalid"
 
 
 @pytest.mark.parametrize(

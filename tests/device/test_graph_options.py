@@ -17,7 +17,7 @@ from edge_agent.errors import PermanentError
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.head_rows import read_head_rows
-from edge_agent.runtime.session import KvCache
+from edge_agent.runtime.kv_cache import KvCache
 from export.graphs.graph import load_graph, save_graphs
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
 from export.graphs.pruned_head import prune_head

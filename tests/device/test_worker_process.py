@@ -216,6 +216,26 @@ def test_onnxruntime_out_of_memory_is_named(reference_bundle: Path) -> None:
     assert done.stdout.split() == ["worker.out_of_memory"] * 2, done.stderr[-2000:]
 
 
+def test_a_model_that_the_machine_cannot_hold_has_a_ceiling_while_it_loads(
+    reference_bundle: Path, reference_digest: str
+) -> None:
+    script = (
+        "import pathlib, resource, sys\n"
+        "from edge_agent.runtime.memory import physical_bytes\n"
+        "from edge_agent.runtime.speed import Speed\n"
+        "from edge_agent.runtime.worker import EngineDecider\n"
+        "before = resource.getrlimit(resource.RLIMIT_AS)[0]\n"
+        "EngineDecider(pathlib.Path(sys.argv[1]), sys.argv[2], 1, Speed())\n"
+        "ceiling = resource.getrlimit(resource.RLIMIT_AS)[0]\n"
+        "print(before == resource.RLIM_INFINITY, physical_bytes() < ceiling < 2 * physical_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(reference_bundle), reference_digest],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("act", ["garbage", "not_json", "stale"])
 def test_garbage_or_the_answer_to_another_request_ends_the_worker(act: str) -> None:
     with fake_worker() as worker:
@@ -403,6 +423,14 @@ def test_worker_is_the_kernels_first_choice_when_memory_is_short() -> None:
         assert int(Path(f"/proc/{worker.pid}/oom_score_adj").read_text()) == min(1000, own + 300)
 
 
+def test_a_worker_that_shall_stand_back_for_the_plants_software_does() -> None:
+    with fake_worker(niceness=7) as worker:
+        worker.start()
+        assert worker.pid is not None
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(19, own + 7)
+
+
 def test_ctrl_c_and_service_stop_do_not_cut_an_answer_short() -> None:
     with fake_worker() as worker:
         worker.start()
@@ -412,22 +440,37 @@ def test_ctrl_c_and_service_stop_do_not_cut_an_answer_short() -> None:
         assert worker.decide("task", CALM, 5.0).passes == 1
 
 
-def test_idle_worker_uses_no_cpu(reference_bundle: Path, reference_digest: str) -> None:
+def test_the_threads_stop_spinning_with_the_answer_and_then_none_runs_at_all(
+    reference_bundle: Path, reference_digest: str
+) -> None:
     worker = WorkerProcess(reference_bundle, reference_digest, WorkerSettings(threads=2))
     try:
         worker.start()
-        worker.decide("triage", EVENT, 10.0)
-        before = _cpu_ticks(worker.pid)
-        time.sleep(0.5)  # the time over which idleness is measured, not a wait for something
-        spent_ticks = _cpu_ticks(worker.pid) - before
-        assert spent_ticks <= 2  # of 50: a spinning thread pool burns them all
+        worker.decide("triage", EVENT, 600.0)
+        answered = _runs(worker.pid)
+        # On a busy machine it may take a while until the last thread gets to sleep.
+        assert wait_until(lambda: _is_quiet(worker.pid)), "something wakes up to look around"
+        idle = _runs(worker.pid)
+        assert len(idle) >= 2, "the pool's thread is among them"
+        # Left to itself the pool spins on for some 20 ms of processor time.
+        assert sum(cpu_ms - answered.get(thread, (0.0, 0))[0] for thread, (cpu_ms, _) in idle.items()) < 4.0
     finally:
         worker.stop()
 
 
-def _cpu_ticks(pid: int | None) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+def _is_quiet(pid: int | None) -> bool:
+    before = _runs(pid)
+    time.sleep(0.3)  # the time over which idleness is measured, not a wait for something
+    return _runs(pid) == before
+
+
+def _runs(pid: int | None) -> dict[str, tuple[float, int]]:
+    """By thread: its processor time in ms, and how often the scheduler has let it run."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        cpu_ns, _, runs = (task / "schedstat").read_text().split()
+        found[task.name] = (int(cpu_ns) / 1e6, int(runs))
+    return found
 
 
 def test_the_agents_side_loads_no_native_inference_library() -> None:

@@ -185,6 +185,81 @@ def test_quality_and_calibration_enter_the_bundle(make_bundle: Build, task_folde
     assert answer.confidence == pytest.approx(decoded.confidence(stored["temperature"]), abs=0.05)
 
 
+def asking(task_folder: Path, folder: Path, thresholds: str, rank_wrong_every: int = 2) -> Path:
+    """The task with other thresholds and its golden examples, many times over, as labelled events."""
+    folder.mkdir()
+    task = (task_folder / "task.yaml").read_text()
+    (folder / "task.yaml").write_text(task.replace("thresholds: {kind: 0.5}", f"thresholds: {thresholds}"))
+    rows = [json.loads(line) for line in (task_folder / "golden.jsonl").read_text().splitlines()] * 20
+    for index, row in enumerate(rows):
+        if index % rank_wrong_every == 0:
+            row["decision"]["rank"] = row["decision"]["rank"] % 12 + 1
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_floor_is_chosen_where_the_target_can_be_kept_and_told_impossible_where_not(
+    make_bundle: Build, task_folder: Path, tmp_path: Path
+) -> None:
+    thresholds = "{kind: {max_wrong: 0.1}, urgent: 0.5, rank: {max_wrong: 0.05, certainty: 0.9, abstain: 0.2}}"
+    folder = asking(task_folder, tmp_path / "asking", thresholds)
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join((folder / "labelled.jsonl").read_text().splitlines(keepends=True)[:8]))
+    measurement = Measurement(calibrate_on={"sort": folder / "labelled.jsonl"}, evaluate_on={"sort": others})
+    result: BuildResult = make_bundle(tmp_path / "bundle", tasks=(folder,), measurement=measurement)
+    stored = json.loads((tmp_path / "bundle/tasks/sort/calibration.json").read_text())
+    assert stored["format"] == 1
+    assert (stored["floors"]["kind"]["wrong"], stored["floors"]["kind"]["events"]) == (0, 40)
+    assert stored["floors"]["kind"]["floor"] is not None
+    assert stored["floors"]["rank"]["floor"] is None
+    figures = result.manifest.quality["sort"]["int4"]["floors"]
+    assert [figures[name]["verdict"] for name in ("kind", "urgent", "rank")] == ["kept", None, "nothing passes"]
+    assert result.report["floors"]["sort"] == stored["floors"]
+
+    _, digest = read_manifest(tmp_path / "bundle")
+    answer = Engine(open_installed_bundle(tmp_path / "bundle", digest), threads=1).decide(
+        "sort", EVENTS[0], deadline_s=30
+    )
+    assert answer.route == "abstained"
+    assert "rank" in answer.unsure_fields
+    assert "kind" not in answer.unsure_fields
+
+
+def test_a_task_without_a_target_does_not_wait_for_the_floors_of_its_neighbour(
+    make_bundle: Build, task_folder: Path, tmp_path: Path
+) -> None:
+    first = asking(task_folder, tmp_path / "first", "{kind: {max_wrong: 0.1}}")
+    second = asking(task_folder, tmp_path / "second", "{urgent: {max_wrong: 0.1}}")
+    third = asking(task_folder, tmp_path / "third", "{kind: 0.5}")
+    for name, folder in (("twin", second), ("plain", third)):
+        (folder / "task.yaml").write_text((folder / "task.yaml").read_text().replace("name: sort", f"name: {name}"))
+    data = {"sort": first / "labelled.jsonl", "twin": second / "labelled.jsonl"}
+    make_bundle(tmp_path / "bundle", tasks=(first, second, third), measurement=Measurement(calibrate_on=data))
+    stored = {
+        name: json.loads((tmp_path / f"bundle/tasks/{name}/calibration.json").read_text()) for name in ("sort", "twin")
+    }
+    assert stored["sort"]["floors"]["kind"]["wrong"] == stored["twin"]["floors"]["urgent"]["wrong"] == 0
+    assert not (tmp_path / "bundle/tasks/plain/calibration.json").exists()
+
+
+def test_target_without_labelled_events_is_refused_even_with_a_calibration_from_elsewhere(
+    make_bundle: Build, task_folder: Path, tmp_path: Path
+) -> None:
+    folder = asking(task_folder, tmp_path / "asking", "{kind: {max_wrong: 0.1}}")
+    floor = {"max_wrong": 0.1, "certainty": 0.95, "floor": 0.1, "events": 9, "passed": 9, "wrong": 0}
+    (folder / "calibration.json").write_text(json.dumps({"format": 1, "floors": {"kind": floor}}))
+    assert code_of(make_bundle, tmp_path / "bundle", tasks=(folder,)) == "export.target_unlabelled"
+
+
+def test_floors_are_not_measured_on_the_events_that_they_were_chosen_on(
+    make_bundle: Build, task_folder: Path, tmp_path: Path
+) -> None:
+    folder = asking(task_folder, tmp_path / "asking", "{kind: {max_wrong: 0.1}}")
+    (tmp_path / "same.jsonl").write_bytes((folder / "labelled.jsonl").read_bytes())
+    measurement = Measurement({"sort": folder / "labelled.jsonl"}, {"sort": tmp_path / "same.jsonl"})
+    assert code_of(make_bundle, tmp_path / "bundle", tasks=(folder,), measurement=measurement) == "export.data_repeated"
+
+
 def test_killed_build_leaves_nothing_that_looks_whole(llama: Path, task_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "bundle"
     command = [

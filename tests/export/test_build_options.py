@@ -66,7 +66,8 @@ def test_coarse_rows_make_the_file_smaller(make_bundle: Build, events: Path, pla
     [
         (GraphOptions(kv="int8"), "kv_dtype", "int8"),
         (GraphOptions(head="split"), "head", "model/head.onnx"),
-        (GraphOptions(ragged=True), "ragged", True),
+        (GraphOptions(), "score_at", True),
+        (GraphOptions(together=False), "ragged", None),
     ],
 )
 def test_graph_option_is_in_the_manifest(

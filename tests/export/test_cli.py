@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +52,11 @@ def test_build_sign_and_eval(
         assert figures["rows"] == len(EVENTS)
         assert figures["exact"] == 1.0
         assert set(figures["ece"]) == {"kind", "urgent", "rank"}
+        assert figures["floors"]["kind"]["floor"] == 0.5
     assert main(["eval", str(out), "--data", str(task_folder / "golden.jsonl")]) == 0
-    assert "100.00%" in capsys.readouterr().out
+    printed_figures = capsys.readouterr().out
+    assert "100.00%" in printed_figures
+    assert re.search(r"^kind +0\.5 .*% to .*%", printed_figures, re.MULTILINE)
 
     assert main([*arguments, "--sign-key", str(key_file)]) == 1
     assert "export.out_exists" in capsys.readouterr().err
@@ -89,6 +93,14 @@ def test_unnamed_task_of_several_is_wrong_usage(
     tasks = ["--task", str(task_folder), str(task_folder)]
     assert main([*arguments, *tasks, "--evaluate-on", "data.jsonl"]) == 2
     assert "export.usage" in capsys.readouterr().err
+
+
+def test_a_line_without_events_to_draw_it_through_is_wrong_usage(
+    llama: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", str(llama), "--target", "cpu-x86_64", "--out", str(tmp_path / "o"), "--task"]
+    assert main([*arguments, str(task_folder), "--isotonic"]) == 2
+    assert "--calibrate-on" in capsys.readouterr().err
 
 
 def test_help_shows_an_example() -> None:

@@ -18,7 +18,7 @@ from export.card.report import report_html_bytes
 from export.proof.calibrate import MIN_ROWS, Trial, best_temperature, calibration_bytes
 from export.proof.evaluate import Outcome, evaluate
 from export.proof.greedy import Choice
-from export.proof.measure import read_temperatures
+from export.proof.measure import read_calibration
 from export.proof.reliability import expected_calibration_error
 from tests.export.conftest import TASK
 
@@ -110,16 +110,16 @@ def test_probability_survives_huge_logits() -> None:
     assert math.isclose(Choice("kind", np.zeros(4, np.float32), 2).probability(5.0), 0.25)
 
 
-def test_calibration_file_is_read_back(tmp_path: Path) -> None:
+def test_calibration_file_is_read_back_as_the_device_reads_it(tmp_path: Path) -> None:
     folder = tmp_path / "tasks" / "sort"
     folder.mkdir(parents=True)
-    assert read_temperatures(tmp_path, "sort") == {}
+    assert read_calibration(tmp_path, SPEC).temperatures == {}
     (folder / "calibration.json").write_bytes(calibration_bytes({"kind": 1.3}))
-    assert read_temperatures(tmp_path, "sort") == {"kind": 1.3}
+    assert read_calibration(tmp_path, SPEC).temperatures == {"kind": 1.3, "urgent": 1.0, "rank": 1.0}
     (folder / "calibration.json").write_text(json.dumps({"format": 1, "temperature": [1.3]}))
     with pytest.raises(EdgeError) as caught:
-        read_temperatures(tmp_path, "sort")
-    assert caught.value.code == "bundle.unsupported"
+        read_calibration(tmp_path, SPEC)
+    assert caught.value.code == "task.calibration_invalid"
 
 
 def test_markup_in_names_does_not_become_markup() -> None:

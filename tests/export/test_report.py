@@ -69,8 +69,42 @@ def figures(**changes: Any) -> dict[str, Any]:
             ],
             "fields": {"kind": [{"coverage": 1.0, "confidence": 0.5, "wrong": 0.05}]},
         },
+        "floors": {
+            "kind": {
+                "max_wrong": 0.01,
+                "certainty": 0.95,
+                "over": ["urgent", "kind"],
+                "floor": 0.8125,
+                "passed": 160,
+                "wrong": 1,
+                "coverage": 0.8,
+                "wrong_share": 0.0063,
+                "interval": [0.0002, 0.0343],
+                "verdict": "kept",
+            },
+            "urgent": {
+                "floor": None,
+                "passed": 0,
+                "wrong": 0,
+                "coverage": 0.0,
+                "wrong_share": None,
+                "interval": None,
+                "verdict": "nothing passes",
+                "max_wrong": 0.02,
+            },
+        },
     }
     return {**made, **changes}
+
+
+CHOSEN: dict[str, Any] = {
+    "max_wrong": 0.01,
+    "certainty": 0.95,
+    "floor": 0.8125,
+    "events": 500,
+    "passed": 412,
+    "wrong": 1,
+}
 
 
 def combination(label: str, size: int, loss: float | None, **changes: Any) -> dict[str, Any]:
@@ -90,6 +124,8 @@ def report(**changes: Any) -> dict[str, Any]:
         "parity": {"fp32_matches_transformers": True, "int4_against_fp32": {"mean_kl_nats": 0.0004, "positions": 352}},
         "quality": {"sort": {"int4": figures(), "fp32": figures(exact=0.86)}},
         "calibration": {"sort": {"kind": 1.3}},
+        "floors": {"sort": {"kind": CHOSEN, "urgent": {**CHOSEN, "floor": None, "needed_events": 1234}}},
+        "lines": {"sort": {"kind": 11}},
         "checkpoint": {"architecture": "llama", "parameters": 4_737_792, "sha256": "ab" * 32, "files": {}},
         "tools": {"onnx": "1.23.2"},
         "evidence": [{"target": "cpu-arm64", "word": "emulated", "provider": "CPUExecutionProvider",
@@ -118,7 +154,7 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 BARE: dict[str, Any] = {"quality": {}, "calibration": {}, "size_bytes": {}, "parity": {}, "tools": {}}
-OPTIONAL = ("evidence", "latency", "sweep", "sensitivity", "vocabulary", "lineage")
+OPTIONAL = ("floors", "lines", "evidence", "latency", "sweep", "sensitivity", "vocabulary", "lineage")
 
 
 def bare() -> dict[str, Any]:
@@ -169,6 +205,7 @@ def everywhere(hostile: str) -> dict[str, Any]:
         accuracy={hostile: 0.5}, ece={hostile: 0.1}, reliability={hostile: figures()["reliability"]["kind"]}
     )
     renamed["risk_coverage"]["fields"] = {hostile: renamed["risk_coverage"]["decision"]}
+    renamed["floors"] = {hostile: {**renamed["floors"]["kind"], "over": [hostile], "verdict": hostile}}
     made.update(
         bundle=dict.fromkeys(("name", "version", "target"), hostile),
         precision=hostile,
@@ -177,6 +214,8 @@ def everywhere(hostile: str) -> dict[str, Any]:
         parity={hostile: {hostile: hostile}},
         quality={hostile: {hostile: renamed}},
         calibration={hostile: {hostile: 1.0}},
+        floors={hostile: {hostile: {**CHOSEN, "over": [hostile]}}},
+        lines={hostile: {hostile: 3}},
         checkpoint={"architecture": hostile, "parameters": 1, "sha256": hostile},
         tools={hostile: hostile},
         evidence=[dict.fromkeys(("target", "word", "provider", "machine", "emulator", "device", "compiler"), hostile)],
@@ -185,6 +224,7 @@ def everywhere(hostile: str) -> dict[str, Any]:
         sensitivity=[{"layer": hostile, "kl_nats": 0.1}],
         vocabulary={hostile: hostile},
         lineage=[{hostile: [hostile]}],
+        adapters={hostile: {hostile: [hostile], "files": {hostile: hostile}}},
     )
     return made
 
@@ -596,6 +636,41 @@ def test_manifest_is_spared_the_curves(measured: dict[str, Any]) -> None:
     short = without_curves({"sort": {"int4": measured}})["sort"]["int4"]
     assert set(measured) - set(short) == {"reliability", "risk_coverage"}
     assert short["accuracy"] == measured["accuracy"]
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_floor_has_a_row_with_what_was_asked_and_what_it_lets_through() -> None:
+    rows = table_rows(page(report()))
+    assert [
+        "kind (over urgent, kind)", "1.00 %", "0.8125", "80.0 %", "0.63 % (0.02 % to 3.43 %)", "other events: kept"
+    ] in rows  # fmt: skip
+    assert any(row[:3] == ["urgent", "2.00 %", "none: always unsure"] and "nothing passes" in row[-1] for row in rows)
+
+
+def test_floors_that_nobody_measured_are_told_from_the_events_that_they_were_chosen_on() -> None:
+    for quality in ({}, {"sort": {"int4": figures(floors={})}}):
+        rows = table_rows(page(report(quality=quality)))
+        assert ["kind", "1.00 %", "0.8125", "412 of 500", "1 of 412", "events that it was chosen on"] in rows
+        assert any(row[0] == "urgent" and "1,234 labelled events" in row[-1] for row in rows)
+
+
+def test_a_floor_is_ringed_in_the_plot_where_its_coverage_and_errors_are() -> None:
+    svg = picture(page(report()), "each field: errors against coverage")
+    (ring,) = [node for node in svg.iter(f"{SVG}circle") if "line" in node.attrib["class"]]
+    assert "floor 0.8125, 80.0 % pass, 0.63 % of them wrong" in plain(ring)
+    (dot,) = [node for node in svg.iter(f"{SVG}circle") if "dot" in node.attrib["class"]]
+    # The only answer of the line lies at full coverage: the ring stands left of it, and lower, where errors are fewer.
+    assert float(ring.attrib["cx"]) < float(dot.attrib["cx"])
+    assert float(ring.attrib["cy"]) > float(dot.attrib["cy"])
+
+
+def test_without_a_threshold_the_card_says_nothing_of_floors() -> None:
+    without = report(quality={"sort": {"int4": figures(floors={})}})
+    del without["floors"]
+    assert [plain(node) for node in page(report()).iter("strong")] == ["Floors."]
+    assert not list(page(without).iter("strong"))
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

@@ -72,9 +72,11 @@ output: {type: object, properties: {severity: {enum: [low, high]}}}
 """
 
 
-def bundle_of_task(path: Path, task_yaml: str = TASK_YAML) -> tuple[Path, str]:
+def bundle_of_task(path: Path, task_yaml: str = TASK_YAML, *, golden: str | None = None) -> tuple[Path, str]:
     """A directory that reads as a bundle but holds no model, for fakes that need none; its path and digest."""
     files = {"model/decoder.onnx": b"", "tokenizer.json": b"{}", "tasks/triage/task.yaml": task_yaml.encode()}
+    if golden is not None:
+        files["tasks/triage/golden.jsonl"] = golden.encode()
     for name, content in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)

@@ -38,13 +38,22 @@ def decision_of(task: str, given_id: str) -> Decision:
 class Node:
     """Implements `UplinkPorts`; ``fail_with`` raises from ``on_event`` before anything was written."""
 
-    def __init__(self, directory: Path, settings: MqttSettings, spool_settings: SpoolSettings | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: MqttSettings,
+        spool_settings: SpoolSettings | None = None,
+        *,
+        takes_answers: bool = False,
+    ) -> None:
+        self.takes_answers = takes_answers
         self.settings = settings
         self.spool_settings = spool_settings or SpoolSettings()
         self.path = directory / "spool.sqlite"
         self.spool = Spool(self.path, self.spool_settings, deadletter_topic=TOPICS.deadletter)
         self.tasks = {"triage"}
         self.desired: list[bytes] = []
+        self.answers: list[tuple[str, str, bytes]] = []
         self.calls = 0
         self.wills = 0
         self.fail_with: Callable[[], Exception | None] = lambda: None
@@ -53,7 +62,10 @@ class Node:
         self.uplink = self._make_uplink()
 
     def _make_uplink(self) -> MqttUplink:
-        return MqttUplink(self.settings, TOPICS, self.spool, self, drain_per_s=self.spool_settings.drain_per_s)
+        rate_per_s = self.spool_settings.drain_per_s
+        return MqttUplink(
+            self.settings, TOPICS, self.spool, self, drain_per_s=rate_per_s, takes_answers=self.takes_answers
+        )
 
     # ---- UplinkPorts
 
@@ -82,6 +94,9 @@ class Node:
 
     def on_desired(self, envelope: bytes) -> None:
         self.desired.append(envelope)
+
+    def on_escalation_answer(self, task: str, decision_id: str, payload: bytes) -> None:
+        self.answers.append((task, decision_id, payload))
 
     def on_connected(self) -> Sequence[tuple[str, bytes]]:
         return [(TOPICS.meta, b'{"schema_version":1}')]

@@ -100,6 +100,21 @@ def test_the_password_is_named_by_its_credential_and_never_written(tmp_path: Pat
 
 
 @needs_ansible
+def test_the_key_of_the_escalation_server_is_named_by_its_credential_and_never_written(tmp_path: Path) -> None:
+    target = render(
+        tmp_path,
+        edge_agent_node=NODE,
+        edge_agent_mqtt={"host": "broker"},
+        edge_agent_escalation={"base_url": "https://llm.ulm.example/v1", "model": "large", "mqtt": True},
+        edge_agent_escalation_api_key="sk-s3cret",
+    )
+    assert "sk-s3cret" not in target.read_text()
+    section = load_settings(target).escalation
+    assert (section.base_url, section.model, section.mqtt) == ("https://llm.ulm.example/v1", "large", True)
+    assert section.api_key_file == Path("/run/credentials/edge-agent.service/edge-agent_escalation-api-key")
+
+
+@needs_ansible
 def test_a_setting_that_the_agent_does_not_know_is_found_by_the_validation(tmp_path: Path) -> None:
     target = render(
         tmp_path,

@@ -24,6 +24,8 @@ VIOLATIONS = [
     ("layers", "edge_agent/update/planted.py", "import edge_agent.runtime"),
     ("layers", "edge_agent/health/planted.py", "import edge_agent.uplink"),
     ("layers", "edge_agent/runtime/planted.py", "import edge_agent.health"),
+    ("layers", "edge_agent/escalation/planted.py", "import edge_agent.uplink"),
+    ("layers", "edge_agent/uplink/planted.py", "import edge_agent.escalation"),
     ("layers", "edge_agent/runtime/planted.py", "import edge_agent.__main__"),
     ("layers", "edge_agent/a_room_without_a_floor.py", ""),
     ("device-is-light", "edge_agent/runtime/planted.py", "import torch"),
@@ -51,6 +53,8 @@ VIOLATIONS = [
     ("agent-without-engine", "edge_agent/runtime/worker_process.py", "import edge_agent.runtime.engine"),
     ("pure-machine", "edge_agent/update/machine.py", "import time"),
     ("pure-machine", "edge_agent/update/machine.py", "from edge_agent.fs import write_atomic"),
+    ("pure-escalation", "edge_agent/escalation/rules.py", "import time"),
+    ("pure-escalation", "edge_agent/escalation/answers.py", "import threading"),
     ("one-trust-client", "edge_agent/uplink/planted.py", "import tuf.api.metadata"),
 ]
 

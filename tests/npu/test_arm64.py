@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from export.boards import load_boards
 from export.proof.arm64 import CPUS, DEFAULT_ROOT, Cpu, arm64_interpreter, run_in_arm64
 from export.proof.evidence import verification
 from export.proof.testimony import ask, prove_golden, retarget, this_interpreter
+from export.reference.bundle_build import built, reference_request
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = REPOSITORY / DEFAULT_ROOT
@@ -59,6 +61,15 @@ def test_decisions_on_unseen_events_are_those_of_x86(arm64_bundle: Path) -> None
     here = ask(this_interpreter(), REFERENCE, [(task, event) for event in events]).decisions
     assert None not in here
     assert run_in_arm64(ROOT, arm64_bundle, task, events, "cortex-a76") == here
+
+
+def test_eight_bits_by_rows_decide_on_emulated_arm_as_they_must() -> None:
+    request = reference_request("int8", quality={})
+    with built(replace(request, identity=replace(request.identity, target="cpu-arm64"))) as bundle:
+        for cpu in CPUS:
+            run = prove_golden(arm64_interpreter(ROOT, cpu), bundle)
+            assert (run.machine, run.device) == ("aarch64", cpu)
+            assert (run.events, run.same) == (24, 24)
 
 
 def test_the_command_itself_runs_on_arm() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,36 @@ def test_rewound_text_leaves_no_trace(static: StaticModel, fused: Engine) -> Non
         used.rewind(0)
         fresh = session.new_cache(session.past_tokens)
         assert np.abs(used.forward(ids) - fresh.forward(ids)).max() < 1e-4
+
+
+class SpoiltPass:
+    """A loaded graph whose first pass comes out as no numbers, as of an overflow in half precision."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self._is_spoilt = True
+
+    def run(self, *arguments: Any) -> list[Any]:
+        results = self._real.run(*arguments)
+        factor, self._is_spoilt = (np.float32(np.nan) if self._is_spoilt else np.float32(1)), False
+        return [result * factor for result in results]
+
+
+def test_a_pass_without_numbers_is_not_kept_where_hidden_positions_take_part_in_the_arithmetic(
+    static: StaticModel,
+) -> None:
+    session = StaticSession(static.folder, static.spec, "cpu-x86_64", threads=1)
+    expected = session.new_cache(session.past_tokens).forward([7]).copy()
+    session.windows = tuple(replace(window, session=SpoiltPass(window.session)) for window in session.windows)
+    cache = session.new_cache(session.past_tokens)
+    with pytest.raises(PermanentError) as caught:
+        cache.forward([7] * 20)
+    assert caught.value.code == "worker.bad_logits"
+    cache.rewind(0)
+    with pytest.raises(PermanentError):
+        cache.forward([7])  # the narrow window's first pass
+    cache.rewind(0)
+    assert np.array_equal(cache.forward([7]), expected)
 
 
 def test_same_checkpoint_gives_the_same_bytes(static: StaticModel, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 
 from edge_agent.answering import ASIDE_S, Answering, Step
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import now_ms
+from edge_agent.contract.messages import Decision, now_ms
+from edge_agent.contract.task import TaskSpec
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError, TransientError
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.serving import ServingWorker
 from edge_agent.settings import NodeSettings, SpoolSettings, WorkerSettings
-from edge_agent.uplink.records import OutboundMessage, Priority
+from edge_agent.uplink.records import InboxEvent, OutboundMessage, Priority
 from edge_agent.uplink.spool import Spool
 from tests.fakes.bundles import bundle_of_task
 
@@ -46,7 +47,9 @@ class ScriptedWorker:
         if self._bench.start_fault is not None:
             raise self._bench.start_fault
         self.alive = True
-        return WorkerFacts(0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1)
+        return WorkerFacts(
+            0.1, 1, ("CPUExecutionProvider",), ("triage",), {"triage": 3}, 1, together=self._bench.together
+        )
 
     def decide(self, task: str, event: Event, deadline_s: float) -> Answer:
         self._bench.asked += 1
@@ -57,6 +60,18 @@ class ScriptedWorker:
             self.alive = fault.code not in {"worker.died", "worker.stuck", "worker.protocol"}
             raise fault
         return ANSWER
+
+    def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
+        self._bench.batches.append(len(events))
+        found: list[Answer | EdgeError] = []
+        for event in events:
+            try:
+                found.append(self.decide(task, event, deadline_s))
+            except EdgeError as error:
+                if not self.alive:
+                    raise
+                found.append(error)
+        return found
 
     def stop(self) -> None:
         self.alive = False
@@ -73,6 +88,22 @@ class FillingSpool(Spool):
         return super().complete(inbox_id, messages)
 
 
+class ShyEscalation:
+    """Takes every event over, once it is told to."""
+
+    def __init__(self) -> None:
+        self.is_full: bool | None = None
+        self.begun: list[str] = []
+
+    def begin(self, row: InboxEvent, decision: Decision, task: TaskSpec) -> Decision | None:
+        if self.is_full is None:
+            return decision
+        if self.is_full:
+            raise TransientError("disk.full", "no room")
+        self.begun.append(row.event_id)
+        return None
+
+
 class Bench:
     """An `Answering` over a real spool, with a model that fails as ``fault`` says."""
 
@@ -81,8 +112,11 @@ class Bench:
         self.start_fault: EdgeError | None = None
         self.poison_fault: EdgeError | None = None
         self.asked = 0
+        self.together = 4
+        self.batches: list[int] = []
         self.now_s = 0.0
         self.unproven = False
+        self.escalation = ShyEscalation()
         self.spool = FillingSpool(directory / "spool.sqlite", SpoolSettings())
         self.serving = ServingWorker(
             WorkerSettings(restart_backoff_max_s=0.001), lambda _bundle, _digest: ScriptedWorker(self)
@@ -96,6 +130,7 @@ class Bench:
             NodeTopics("s", "n"),
             lambda: self.unproven,
             clock=lambda: self.now_s,
+            escalation=self.escalation,
         )
         self.take("e-1")
 
@@ -199,6 +234,14 @@ def test_a_decision_that_the_disk_did_not_take_is_written_later_and_not_made_aga
     assert (bench.asked, bench.waiting(), bench.decided()) == (1, 0, ["e-1"])
 
 
+def test_an_unsure_answer_that_the_disk_did_not_take_is_escalated_later_and_not_made_again(bench: Bench) -> None:
+    bench.escalation.is_full = True
+    assert {bench.step() for _ in range(3)} == {Step.BLOCKED}
+    bench.escalation.is_full = False
+    assert bench.step() is Step.ANSWERED
+    assert (bench.asked, bench.escalation.begun, bench.decided()) == (1, ["e-1"], [])
+
+
 def test_an_event_that_is_itself_wrong_is_buried_also_on_probation(bench: Bench) -> None:
     bench.unproven, bench.fault = True, RefusedError("event.too_long", "too long")
     assert bench.step() is Step.BURIED
@@ -216,3 +259,81 @@ def test_events_wait_while_there_is_no_model(bench: Bench) -> None:
     bench.serving.stop()
     assert not bench.serving.ready
     assert bench.waiting() == 1
+
+
+def flood(bench: Bench, *texts: str) -> None:
+    """Events behind the first one, which shows what one costs."""
+    assert bench.step() is Step.ANSWERED
+    for number, text in enumerate(texts):
+        bench.take(f"f-{number}", text)
+
+
+def test_events_that_wait_are_asked_together_and_written_one_by_one_in_their_order(bench: Bench) -> None:
+    flood(bench, *["hot"] * 6)
+    assert bench.step() is Step.ANSWERED
+    assert (bench.batches, bench.waiting()) == ([4], 5)
+    assert [bench.step() for _ in range(3)] == [Step.ANSWERED] * 3
+    assert bench.batches == [4]
+    while bench.waiting():
+        assert bench.step() is Step.ANSWERED
+    assert bench.decided() == ["e-1", *(f"f-{n}" for n in range(6))]
+
+
+def test_an_event_of_another_lane_is_not_overtaken(bench: Bench) -> None:
+    flood(bench, "hot", "hot")
+    bench.take("bulk-1", "hot", "bulk")
+    bench.take("safe-1", "hot", "safety")
+    while bench.waiting():
+        assert bench.step() is Step.ANSWERED
+    assert bench.decided() == ["e-1", "safe-1", "f-0", "f-1", "bulk-1"]
+    assert bench.batches == [2]
+
+
+def test_one_event_s_fault_costs_the_others_of_its_batch_nothing(bench: Bench) -> None:
+    bench.poison_fault = RefusedError("event.too_long", "too long")
+    flood(bench, "hot", "poison", "hot")
+    assert [bench.step() for _ in range(3)] == [Step.ANSWERED, Step.BURIED, Step.ANSWERED]
+    assert bench.decided() == ["e-1", "f-0", "f-2"]
+
+
+def test_only_the_event_over_which_the_worker_dies_again_alone_is_buried(bench: Bench) -> None:
+    bench.poison_fault = TransientError("worker.died", "killed")
+    flood(bench, "hot", "poison", "hot", "hot")
+    assert bench.step() is Step.BLOCKED
+    while bench.waiting():
+        bench.step()
+    assert bench.decided() == ["e-1", "f-0", "f-2", "f-3"]
+    (letter,) = bench.spool.dead_letters()
+    assert (letter.event_id, letter.code) == ("f-1", "event.poison")
+    assert bench.batches == [4], "each is tried alone then"
+
+
+def test_an_event_that_is_no_json_is_buried_and_its_company_is_answered(bench: Bench) -> None:
+    flood(bench, "hot")
+    bench.spool.accept("triage", "torn", b'{"text": ', "normal", now_ms())
+    assert {bench.step() for _ in range(2)} == {Step.ANSWERED, Step.BURIED}
+    assert bench.waiting() == 0
+
+
+def test_a_full_disk_in_the_middle_of_a_batch_makes_no_decision_again(bench: Bench) -> None:
+    flood(bench, "hot", "hot", "hot")
+    assert bench.step() is Step.ANSWERED
+    asked, bench.spool.is_full = bench.asked, True
+    assert {bench.step() for _ in range(3)} == {Step.BLOCKED}
+    bench.serving.stop()
+    bench.spool.is_full = False
+    assert [bench.step(), bench.step()] == [Step.ANSWERED, Step.ANSWERED]
+    assert (bench.asked, bench.waiting()) == (asked, 0)
+
+
+def test_events_wait_without_blame_while_the_worker_cannot_start(bench: Bench) -> None:
+    flood(bench, "hot", "hot")
+    bench.serving.pause()
+    bench.serving.resume()
+    bench.start_fault = TransientError("worker.died", "killed while loading")
+    assert {bench.step() for _ in range(3)} == {Step.BLOCKED}
+    bench.start_fault = None
+    while bench.waiting():
+        bench.step()
+    assert bench.decided() == ["e-1", "f-0", "f-1"]
+    assert bench.spool.dead_letters() == []

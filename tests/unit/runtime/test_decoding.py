@@ -236,6 +236,17 @@ def test_scores_that_are_no_numbers_are_not_decided_on(encoder: TextEncoder, bad
     assert caught.value.code == "worker.bad_logits"
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_a_fault_also_where_no_answer_can_be(encoder: TextEncoder, bad: float) -> None:
+    plan = plan_of(task_of({"a": {"type": "boolean"}}), encoder)
+    scores = np.random.default_rng(1).normal(0, 1, VOCAB).astype(np.float32)
+    (stray,) = encoder.encode("\n")
+    scores[stray] = bad
+    with pytest.raises(PermanentError) as caught:
+        decode(ConstantScores(scores), plan, PROMPT, {}, FAR)
+    assert caught.value.code == "worker.bad_logits"
+
+
 def test_a_model_that_scores_everything_the_same_is_not_decided_on(encoder: TextEncoder) -> None:
     plan = plan_of(task_of({"a": {"type": "boolean"}}), encoder)
     with pytest.raises(PermanentError) as caught:

@@ -140,7 +140,7 @@ def test_what_crosses_comes_back_equal() -> None:
     answer = Answer(
         {"a": 1}, {"a": 0.5}, "rule", ("a",), ("g",), truncated=True, passes=2, tokens_out=9, latency_ms=1.5
     )
-    facts = WorkerFacts(1.0, 2, ("P",), ("t",), {"t": 3}, 4, ("w",))
+    facts = WorkerFacts(1.0, 2, ("P",), ("t",), {"t": 3}, 4, 2, ("w",))
     golden = GoldenOutcome(2, (GoldenMiss("t", 0, {"a": 1}, None, "worker.deadline"),), 3.5, 10)
     assert Answer.from_dict(json.loads(json.dumps(answer.as_dict()))) == answer
     assert WorkerFacts.from_dict(json.loads(json.dumps(facts.as_dict()))) == facts

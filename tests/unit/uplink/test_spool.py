@@ -19,6 +19,7 @@ from edge_agent.uplink.spool_rows import CLOCK_FLOOR_MS
 from edge_agent.uplink.spool_store import SpoolStore
 
 DEADLETTER = "edge/v1/site/node/deadletter"
+STUCK = TransientError("worker.stuck", "killed")
 
 
 _opened: list[Spool] = []
@@ -172,12 +173,14 @@ def test_an_event_over_which_the_worker_died_twice_is_buried_as_poison(spool: Sp
         event = spool.next_event()
         assert event is not None
         assert event.event_id == "poison"
-        outcomes.append(spool.worker_died(event.inbox_id))
+        outcomes.append(spool.worker_died(event.inbox_id, STUCK))
     assert outcomes == [False, True]
     event = spool.next_event()
     assert event is not None
     assert event.event_id == "harmless"
-    assert spool.dead_letters()[0].code == "event.poison"
+    (letter,) = spool.dead_letters()
+    assert letter.code == "event.poison"
+    assert "worker.stuck: killed" in letter.detail, "what it was that the event did"
     assert put(spool, "poison") is Duplicate
 
 
@@ -186,13 +189,13 @@ def test_attempts_survive_a_restart(tmp_path: Path) -> None:
     put(spool, "poison")
     event = spool.next_event()
     assert event is not None
-    spool.worker_died(event.inbox_id)
+    spool.worker_died(event.inbox_id, STUCK)
     spool.close()
     again = make_spool(tmp_path / "spool.sqlite")
     event = again.next_event()
     assert event is not None
     assert event.attempts == 1
-    assert again.worker_died(event.inbox_id)
+    assert again.worker_died(event.inbox_id, STUCK)
 
 
 def test_dead_letters_are_bounded_and_the_trimming_is_counted(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class SpoolMachine(RuleBasedStateMachine):
     def worker_dies(self, data: st.DataObject) -> None:
         if self.in_work:
             event = self.in_work.pop(data.draw(st.integers(0, len(self.in_work) - 1)))
-            self.spool.worker_died(event.inbox_id)
+            self.spool.worker_died(event.inbox_id, TransientError("worker.died", "killed"))
 
     @rule()
     def process_dies_and_comes_back(self) -> None:

@@ -1,0 +1,194 @@
+"""Guesses at the rest of an answer, so that one pass can check what several would have found out.
+
+Two sources, both free of charge: what this task answered before (a plant's events repeat themselves in kind, if not to
+the letter), and, inside free text, the event's own words. Whether a guess is worth its tokens follows from how often
+such guesses were right and from what a pass and a token cost on this very machine; both are measured as events go by.
+A draft is checked like any other text, so it never changes an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MAX_NODES = 5_000
+"""Tokens of remembered answers; beyond it the memory is halved. Some 2 MB."""
+MAX_DRAFT_TOKENS = 96
+MAX_DRAFT_SCORES = 24
+LOOKUP_TOKENS = 2
+"""How many tokens of an answer must stand in the event before the words after them are proposed."""
+COPIED_TOKENS = 8
+_DECAY = 0.98
+_FEWEST_PASSES = 8
+_INITIAL_FIXED_TOKENS = 12.0
+
+
+class PassCost:
+    """What a pass costs on this machine: a fixed part, and a part for each token; least squares over recent passes."""
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._weight = self._n = self._t = self._nn = self._nt = 0.0
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Take a pass into account.
+
+        Args:
+            tokens: that it computed, padding included.
+            seconds: that it took.
+        """
+        self._passes += 1
+        self._weight = self._weight * _DECAY + 1.0
+        self._n = self._n * _DECAY + tokens
+        self._t = self._t * _DECAY + seconds
+        self._nn = self._nn * _DECAY + tokens * tokens
+        self._nt = self._nt * _DECAY + tokens * seconds
+
+    @property
+    def fixed_tokens(self) -> float:
+        """How many tokens cost as much as the fixed part of a pass, at least 1."""
+        spread = self._weight * self._nn - self._n * self._n
+        if self._passes < _FEWEST_PASSES or spread <= 0:
+            return _INITIAL_FIXED_TOKENS
+        per_token_s = (self._weight * self._nt - self._n * self._t) / spread
+        fixed_s = (self._t - per_token_s * self._n) / self._weight
+        if per_token_s <= 0 or fixed_s <= 0:
+            return _INITIAL_FIXED_TOKENS if per_token_s <= 0 else 1.0
+        return max(1.0, min(64.0, fixed_s / per_token_s))
+
+
+@dataclass(slots=True)
+class _Node:
+    """A place in the tree of answers: how often it was reached, and whether scores were asked for there."""
+
+    visits: int = 0
+    asked: bool = False
+    after: dict[int, _Node] = field(default_factory=dict)
+
+
+class AnswerDrafts:
+    """What one task answered so far, as a tree of tokens.
+
+    Args:
+        cost: of passes, shared by all tasks of a model.
+        copies: whether the task has free text, in which the event's words may be repeated.
+    """
+
+    def __init__(self, cost: PassCost, *, copies: bool = False) -> None:
+        self._cost = cost
+        self._copies = copies
+        self._root = _Node()
+        self._nodes = 1
+        self._copied = self._copied_right = 1.0
+
+    @property
+    def nodes(self) -> int:
+        """Tokens that are remembered."""
+        return self._nodes
+
+    def learn(self, answer: Sequence[int], asked: Sequence[int], prompt: Sequence[int] = ()) -> None:
+        """Remember an answer.
+
+        Args:
+            answer: its token ids.
+            asked: numbers of its tokens after which scores were asked for.
+            prompt: token ids of its event, to learn whether copying from events pays.
+        """
+        if self._nodes > MAX_NODES:
+            self._halve()
+        places = frozenset(asked)
+        node = self._root
+        for length in range(len(answer) + 1):
+            node.visits += 1
+            node.asked = node.asked or length in places
+            if length == len(answer):
+                break
+            following = node.after.get(answer[length])
+            if following is None:
+                following = node.after[answer[length]] = _Node()
+                self._nodes += 1
+            node = following
+        if self._copies:
+            self._learn_copies(answer, places, prompt)
+
+    def propose(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What may follow.
+
+        Args:
+            answer: token ids so far.
+            prompt: token ids of the event.
+
+        Returns:
+            Tokens, and after how many of them scores will be asked for, ascending; both empty where no guess pays.
+        """
+        node: _Node | None = self._root
+        for token in answer:
+            node = node.after.get(token) if node else None
+        draft, asks = self._remembered(node) if node else ([], [])
+        if not draft and self._copies:
+            return self._from_event(answer, prompt)
+        return draft, asks
+
+    def _remembered(self, node: _Node) -> tuple[list[int], list[int]]:
+        """The likeliest way on, as far as it pays to go."""
+        draft: list[int] = []
+        asks: list[int] = []
+        segment: list[int] = []
+        likely = 1.0
+        while node.after and len(draft) + len(segment) < MAX_DRAFT_TOKENS and len(asks) < MAX_DRAFT_SCORES:
+            token, following = max(node.after.items(), key=lambda item: item[1].visits)
+            # One more visit than there was: what was seen once is not certain.
+            likely *= following.visits / (node.visits + 1) if node.asked else 1.0
+            segment.append(token)
+            node = following
+            if node.asked:
+                if not self._pays(likely, len(segment)):
+                    break
+                draft += segment
+                asks.append(len(draft))
+                segment = []
+        return draft, asks
+
+    def _pays(self, likely: float, tokens: int) -> bool:
+        """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing."""
+        return likely * self._cost.fixed_tokens > (1.0 - likely) * tokens
+
+    def _from_event(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The words that follow in the event where the answer's last words stand (prompt lookup decoding)."""
+        copied = _continuation(answer, prompt)
+        if not copied or not self._pays(self._copied_right / self._copied, 1):
+            return [], []
+        return copied, list(range(1, len(copied) + 1))
+
+    def _learn_copies(self, answer: Sequence[int], asked: frozenset[int], prompt: Sequence[int]) -> None:
+        # Counted over every place where a word was chosen, whether it was proposed there or not.
+        for place in sorted(asked):
+            if copied := _continuation(answer[:place], prompt):
+                self._copied = self._copied * _DECAY + 1.0
+                self._copied_right = self._copied_right * _DECAY + (copied[0] == answer[place])
+
+    def _halve(self) -> None:
+        """Forget the rarer half, and let the rest count for half of what it did."""
+        kept = 0
+        pending = [self._root]
+        while pending:
+            node = pending.pop()
+            kept += 1
+            node.visits //= 2
+            node.after = {token: child for token, child in node.after.items() if child.visits > 1}
+            pending.extend(node.after.values())
+        if kept > MAX_NODES // 2:  # nothing was rare: begin anew
+            self._root, kept = _Node(), 1
+        self._nodes = kept
+
+
+def _continuation(answer: Sequence[int], prompt: Sequence[int]) -> list[int]:
+    """Tokens of ``prompt`` after the latest place where the last tokens of ``answer`` stand."""
+    if len(answer) < LOOKUP_TOKENS:
+        return []
+    wanted = list(answer[-LOOKUP_TOKENS:])
+    for start in range(len(prompt) - LOOKUP_TOKENS - 1, -1, -1):
+        if list(prompt[start : start + LOOKUP_TOKENS]) == wanted:
+            begin = start + LOOKUP_TOKENS
+            return list(prompt[begin : begin + COPIED_TOKENS])
+    return []

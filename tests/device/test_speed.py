@@ -1,0 +1,197 @@
+"""Every lever of `Speed` at once changes no decision; and each of them does what it is there for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from edge_agent.contract.event import Event
+from edge_agent.errors import EdgeError
+from edge_agent.runtime.answer import Answer
+from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.speed import PLAIN, Speed
+from export.reference.generator import generate
+from tests.bench.equality import FASTEST, compare, repeated
+from tests.fakes.bundles import BundleVariant
+
+EVENT: Event = {"machine": "press-4", "code": "E217", "text": "hydraulic pressure low for 12 s"}
+CONFIDENCE_TOLERANCE = 2e-3
+
+
+def some_events(count: int, seed: int = 5) -> list[Event]:
+    return [dict(one.event) for one in itertools.islice(generate("test", seed), count)]
+
+
+def flood(count: int) -> list[Event]:
+    """One machine's alarms: only the counter and a few words change."""
+    return [{**EVENT, "state": "running", "count": n, "text": f"oil leak {n % 3}"} for n in range(count)]
+
+
+@pytest.fixture
+def opened(reference_bundle: Path, reference_digest: str) -> Callable[[Speed], Engine]:
+    return lambda speed: Engine(open_installed_bundle(reference_bundle, reference_digest), 1, speed)
+
+
+def decided(engine: Engine, events: list[Event]) -> list[Answer]:
+    found = engine.decide_many("triage", events, deadline_s=60.0)
+    assert not any(isinstance(one, EdgeError) for one in found)
+    return [one for one in found if isinstance(one, Answer)]
+
+
+def assert_alike(found: list[Answer], expected: list[Answer]) -> None:
+    assert [one.decision for one in found] == [one.decision for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.confidence == pytest.approx(other.confidence, abs=CONFIDENCE_TOLERANCE)
+
+
+def test_every_lever_at_once_equals_plain_decoding_one_token_at_a_time(reference_bundle: Path) -> None:
+    events = list(itertools.islice(repeated(iter(some_events(60) + flood(12))), 80))
+    differences = compare(reference_bundle, events)
+    assert [str(one) for one in differences if not one.is_tie] == []
+    assert len(differences) <= 1
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        Speed(event_cache_bytes=1 << 20, drafts=False, together=1),
+        Speed(event_cache_bytes=0, drafts=True, together=1),
+        Speed(event_cache_bytes=0, drafts=False, together=4),
+        FASTEST,
+    ],
+    ids=["events", "drafts", "together", "all"],
+)
+def test_a_lever_changes_no_decision(opened: Callable[[Speed], Engine], speed: Speed) -> None:
+    events = some_events(30) + flood(20)
+    expected = [opened(PLAIN).decide("triage", event, deadline_s=60.0) for event in events]
+    assert_alike(decided(opened(speed), events), expected)
+
+
+def test_an_answer_does_not_depend_on_its_company(opened: Callable[[Speed], Engine]) -> None:
+    events = some_events(24)
+    expected = {json.dumps(e): a for e, a in zip(events, decided(opened(Speed()), events), strict=True)}
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(events, len(events))
+        assert_alike(decided(opened(Speed()), shuffled), [expected[json.dumps(event)] for event in shuffled])
+
+
+def test_levers_save_passes_and_tokens(opened: Callable[[Speed], Engine]) -> None:
+    events = flood(30)
+    plain, fast = opened(PLAIN), opened(Speed())
+    passes = [sum(one.passes for one in decided(engine, events)) for engine in (plain, fast)]
+    assert passes[1] < 0.7 * passes[0]
+    assert fast.prepared("triage").events.hit_tokens > 10 * len(events)
+
+
+def test_one_event_s_fault_leaves_its_company_answered(opened: Callable[[Speed], Engine]) -> None:
+    events: list[Event] = [EVENT, {"unknown": 1}, {**EVENT, "text": "x" * 60_000}, {**EVENT, "text": "fan"}]
+    found = opened(FASTEST).decide_many("triage", events, deadline_s=60.0)
+    assert [one.code if isinstance(one, EdgeError) else "answered" for one in found] == [
+        "answered", "event.no_known_field", "event.too_large", "answered",
+    ]  # fmt: skip
+
+
+def test_a_deadline_that_has_passed_fails_what_is_not_known_already(opened: Callable[[Speed], Engine]) -> None:
+    engine = opened(FASTEST)
+    decided(engine, [EVENT])
+    found = engine.decide_many("triage", [EVENT, {**EVENT, "text": "fan"}], deadline_s=0.0)
+    assert isinstance(found[0], Answer), "from memory, at no cost"
+    assert isinstance(found[1], EdgeError)
+    assert found[1].code == "worker.deadline"
+    assert_alike(decided(engine, [{**EVENT, "text": "fan"}]), decided(opened(PLAIN), [{**EVENT, "text": "fan"}]))
+
+
+def test_a_repeated_event_is_answered_from_memory_and_says_so(opened: Callable[[Speed], Engine]) -> None:
+    engine = opened(FASTEST)
+    first, again = decided(engine, [EVENT]), decided(engine, [{**EVENT, "time": 99, "id": "other"}])
+    assert [one.route for one in first + again] == ["device", "cache"]
+    assert again[0].passes == 0
+    assert (again[0].decision, again[0].confidence) == (first[0].decision, first[0].confidence)
+
+
+def test_an_engine_without_the_lever_answers_a_repeated_event_anew(opened: Callable[[Speed], Engine]) -> None:
+    engine = opened(Speed())
+    assert [one.route for one in decided(engine, [EVENT]) + decided(engine, [EVENT])] == ["device", "device"]
+
+
+def edited(variant: Callable[[], BundleVariant], edit: Callable[[dict[str, Any]], None]) -> Engine:
+    bundle = variant()
+    task = yaml.safe_load((bundle.path / "tasks/triage/task.yaml").read_text())
+    edit(task)
+    bundle.put("tasks/triage/task.yaml", json.dumps(task))
+    bundle.seal()
+    return Engine(bundle.open(), 1, FASTEST)
+
+
+def test_a_task_can_refuse_answers_from_memory(variant: Callable[[], BundleVariant]) -> None:
+    engine = edited(variant, lambda task: task.update(cache=False))
+    assert [one.route for one in decided(engine, [EVENT]) + decided(engine, [EVENT])] == ["device", "device"]
+
+
+def test_guards_run_for_an_answer_from_memory(variant: Callable[[], BundleVariant]) -> None:
+    # The template does not show `zone`, so both events are the same to the model; the guard tells them apart.
+    guard = {
+        "name": "zone_one",
+        "when": [{"event": "zone", "equals": 1}],
+        "then": {"severity": {"equals": "critical"}},
+    }
+    engine = edited(variant, lambda task: task.update(guards=[guard], thresholds={}))
+    found = [decided(engine, [{**EVENT, "zone": zone}])[0] for zone in (0, 1, 0)]
+    assert [one.guards for one in found] == [(), ("zone_one",), ()]
+    assert found[1].decision["severity"] == "critical"
+    assert found[2].decision == found[0].decision
+    assert [one.route for one in found] == ["device", "rule", "cache"]
+
+
+def test_an_event_that_was_cut_to_its_tokens_answers_for_no_other(opened: Callable[[Speed], Engine]) -> None:
+    engine = opened(FASTEST)
+    # Rare scripts take several tokens a character: the template's characters fit, the tokens do not.
+    long = {**EVENT, "text": "\u0d05\u0d06\u0d07" * 60}
+    first = decided(engine, [long])[0]
+    assert first.truncated
+    assert decided(engine, [long])[0].route == first.route == "device" or first.route == "abstained"
+    assert decided(engine, [long])[0].passes > 0
+
+
+@pytest.mark.parametrize("damage", [None, "cut", "flip"])
+def test_the_prefix_is_read_back_after_a_restart_and_computed_anew_where_its_file_is_damaged(
+    opened: Callable[[Speed], Engine], tmp_path: Path, damage: str | None
+) -> None:
+    speed = Speed(prefix_dir=tmp_path / "prefixes")
+    expected = decided(opened(speed), some_events(5))
+    (file,) = (tmp_path / "prefixes").iterdir()
+    raw = bytearray(file.read_bytes())
+    if damage == "cut":
+        raw = raw[: len(raw) // 2]
+    elif damage == "flip":
+        raw[-9] ^= 0x40
+    file.write_bytes(raw)
+    assert_alike(decided(opened(speed), some_events(5)), expected)
+
+
+def test_the_state_on_disk_is_what_a_restart_uses(opened: Callable[[Speed], Engine], tmp_path: Path) -> None:
+    speed = Speed(prefix_dir=tmp_path / "prefixes")
+    cache = opened(speed).prepared("triage").cache
+    restarted = opened(speed).prepared("triage").cache
+    assert isinstance(cache, KvCache)
+    assert isinstance(restarted, KvCache)
+    assert cache.length == restarted.length > 0
+    assert np.array_equal(cache.read(0, 0, cache.length), restarted.read(0, 0, cache.length))
+    assert restarted.passes == 0, "no pass was needed to fill it"
+
+
+def test_rows_of_a_batch_hold_the_same_prefix(opened: Callable[[Speed], Engine]) -> None:
+    cache = opened(Speed(together=3)).prepared("triage").cache
+    assert isinstance(cache, KvCache)
+    states = [cache.read(row, 0, cache.length) for row in range(3)]
+    assert all(np.array_equal(states[0], other) for other in states[1:])

@@ -1,0 +1,468 @@
+"""One graph and one set of weights serve every task: with its adapter a task answers as a merged checkpoint would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edge_agent.contract.manifest import Manifest, read_manifest
+from edge_agent.errors import EdgeError
+from edge_agent.runtime.adapter import read_adapter, task_adapter
+from edge_agent.runtime.answer import Answer
+from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.engine import Engine
+from export.checkpoint.peft import ARCHITECTURES, CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from export.checkpoint.source import open_checkpoint
+from export.graphs.fusions import fuse_projections
+from export.graphs.graph import build_fp32, save_graph
+from export.graphs.low_rank import add_branches, packed_matrices
+from export.proof.greedy import GreedyDecoder, StepModel
+from export.proof.parity import against_recording
+from export.proof.recording import observe
+from export.request import GraphOptions, Identity, Shrinking
+from export.stages.adapt import merged
+from export.stages.fuse import fp32_spec
+from tests.export.adapters import MODULES, make_adapter
+from tests.export.conftest import EVENTS, TASK, Build
+from tests.export.test_parity import TESTED, make_checkpoint
+from tests.fakes.bundles import BundleVariant
+
+CONTEXT = 128
+ADAPTED = [
+    (like, changes) for like, changes in TESTED if like != "pythia-160m" and changes.get("model_type") != "starcoder2"
+]
+
+
+def test_every_architecture_that_takes_adapters_is_held_against_merged_weights() -> None:
+    from export.checkpoint.synth import SHAPES
+
+    assert {changes.get("model_type", SHAPES[like]["model_type"]) for like, changes in ADAPTED} == ARCHITECTURES
+
+
+def prove(checkpoint: Path, adapter_folder: Path, scratch: Path) -> float:
+    """Largest logit difference between graph with adapter and transformers with merged weights, over 65 positions."""
+    opened = open_checkpoint(checkpoint)
+    adapter = open_adapter(adapter_folder, opened)
+    model = build_fp32(opened, CONTEXT)
+    fuse_projections(model)
+    branches = add_branches(model, {"task": adapter})
+    save_graph(model, scratch / "fp32.onnx")
+    names = tuple(branch.name for branch in branches)
+    spec = fp32_spec(opened, model, CONTEXT).model_copy(update={"adapter_inputs": names})
+    with merged(opened, adapter, scratch) as whole:
+        recording = observe(whole)
+    with_adapter = StepModel(scratch / "fp32.onnx", spec, 1, packed_matrices(branches, adapter))
+    parity = against_recording(recording, with_adapter)
+    parity.require()
+    # The other half of the promise: without its matrices it is another model, so the comparison can fail.
+    assert not against_recording(recording, StepModel(scratch / "fp32.onnx", spec, 1)).holds
+    return parity.max_abs_diff
+
+
+@pytest.mark.parametrize(("like", "changes"), ADAPTED)
+def test_graph_with_an_adapter_equals_transformers_with_merged_weights(
+    like: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", like, changes)
+    prove(checkpoint, make_adapter(tmp_path / "adapter", checkpoint), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("modules", "changes"),
+    [
+        (("q_proj", "v_proj"), {}),  # the middle of a packed product stays as it is
+        (("k_proj",), {"r": 1}),
+        (("up_proj",), {"r": 7, "lora_alpha": 3}),
+        (MODULES, {"use_rslora": True, "r": 16, "lora_alpha": 4}),
+    ],
+    ids=["q+v", "k", "up", "rslora"],
+)
+def test_part_of_a_packed_projection_lands_in_its_own_columns(
+    modules: tuple[str, ...], changes: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    prove(llama, make_adapter(tmp_path / "adapter", llama, modules=modules, **changes), tmp_path)
+
+
+# --- bundles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "expert", llama)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two tasks that differ in nothing but their names."""
+    folders = []
+    for name in ("sort", "expert"):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "task.yaml").write_text(TASK.replace("name: sort", f"name: {name}"))
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+@pytest.fixture(scope="module", params=["fp32", "int4"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(
+    precision: str, make_bundle: Build, tasks: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "plain"
+    make_bundle(out, precision=precision, tasks=tasks)
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    precision: str,
+    make_bundle: Build,
+    tasks: tuple[Path, Path],
+    adapter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "adapted"
+    make_bundle(out, precision=precision, tasks=tasks, adapters={"expert": adapter})
+    return out
+
+
+@pytest.fixture(scope="module")
+def merged_checkpoint(llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    opened = open_checkpoint(llama)
+    folder = tmp_path_factory.mktemp("merged")
+    with merged(opened, open_adapter(adapter, opened), folder) as whole:
+        return Path(shutil.copytree(whole.path, folder / "checkpoint"))
+
+
+def engine_on(bundle: Path) -> Engine:
+    return Engine(open_installed_bundle(bundle, read_manifest(bundle)[1]), threads=1)
+
+
+def answers(engine: Engine, task: str) -> list[Answer]:
+    return [engine.decide(task, event, deadline_s=60) for event in EVENTS]
+
+
+def said(found: list[Answer]) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    return [(answer.decision, answer.confidence) for answer in found]
+
+
+def test_a_task_without_adapter_answers_bit_for_bit_as_in_a_bundle_without_adapters(plain: Path, adapted: Path) -> None:
+    assert said(answers(engine_on(adapted), "sort")) == said(answers(engine_on(plain), "sort"))
+
+
+@pytest.fixture(scope="module")
+def right(
+    precision: str, adapted: Path, merged_checkpoint: Path, make_bundle: Build, tasks: tuple[Path, Path]
+) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    """What the task with the adapter should say."""
+    if precision == "int4":
+        # Rounded weights plus an exact product are not the rounded sum: the plain decoder is the yardstick.
+        oracle, task = oracle_of(adapted, "expert"), engine_on(adapted).tasks["expert"]
+        decoded = [oracle.decide(task, event) for event in EVENTS]
+        return [(one.decision, one.confidence()) for one in decoded]
+    make_bundle(merged_checkpoint.parent / "bundle", checkpoint=merged_checkpoint, precision="fp32", tasks=tasks)
+    return said(answers(engine_on(merged_checkpoint.parent / "bundle"), "expert"))
+
+
+def test_a_task_with_adapter_answers_as_a_merged_checkpoint(
+    precision: str, adapted: Path, plain: Path, right: list[tuple[dict[str, Any], dict[str, float]]]
+) -> None:
+    found = said(answers(engine_on(adapted), "expert"))
+    assert [decision for decision, _ in found] == [decision for decision, _ in right]
+    tolerance = 0.05 if precision == "int4" else 1e-3
+    for (_, confidence), (_, wanted) in zip(found, right, strict=True):
+        assert confidence == pytest.approx(wanted, abs=tolerance)
+    # It is the adapter that makes the difference.
+    assert found != said(answers(engine_on(plain), "expert"))
+
+
+def oracle_of(bundle: Path, task: str) -> GreedyDecoder:
+    model = read_manifest(bundle)[0].model
+    return GreedyDecoder(
+        bundle / model.decoder, bundle / model.tokenizer, model, adapter=task_adapter(bundle, model, task)
+    )
+
+
+def test_tasks_do_not_see_each_others_adapters(adapted: Path) -> None:
+    engine = engine_on(adapted)
+    alone = {task: said(answers(engine_on(adapted), task)) for task in ("sort", "expert")}
+    for event, *expected in zip(EVENTS, *alone.values(), strict=True):
+        mixed = [engine.decide(task, event, deadline_s=60) for task in alone]
+        assert said(mixed) == expected
+
+
+def test_the_bundle_says_what_it_holds(precision: str, adapted: Path, plain: Path) -> None:
+    manifest, _ = read_manifest(adapted)
+    assert manifest.model.adapters == {"expert": "tasks/expert/adapter.safetensors"}
+    names = manifest.model.adapter_inputs or ()
+    assert "lora.0.self_attn.q_proj+k_proj+v_proj" in names
+    assert len(names) == 2 * 4
+    report = json.loads((adapted / "report.json").read_text())
+    assert report["adapters"]["expert"]["rank"] == 4
+    assert "Adapter of expert" in (adapted / "report.html").read_text()
+    before, after = ((bundle / manifest.model.decoder).stat().st_size for bundle in (plain, adapted))
+    assert after - before < 20_000  # branches and no weights
+
+
+def test_equal_input_gives_equal_bytes_with_adapters_too(
+    adapted: Path, precision: str, make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    again = make_bundle(tmp_path / "again", precision=precision, tasks=tasks, adapters={"expert": adapter})
+    assert again.digest == read_manifest(adapted)[1]
+
+
+def test_a_device_that_does_not_know_adapters_refuses_the_graph(
+    adapted: Path, tmp_path: Path, signing: Callable[[Path, Path], BundleVariant]
+) -> None:
+    bundle = signing(adapted, tmp_path / "old")
+
+    def forget(manifest: dict[str, Any]) -> None:
+        # What a manifest says to a device that ignores what it does not know.
+        del manifest["model"]["adapters"], manifest["model"]["adapter_inputs"]
+
+    bundle.seal(forget)
+    with pytest.raises(EdgeError) as caught:
+        Engine(bundle.open(), 1)
+    assert caught.value.code == "bundle.unsupported"
+
+
+def test_an_adapter_of_another_shape_is_refused_at_load(
+    adapted: Path, tmp_path: Path, signing: Callable[[Path, Path], BundleVariant]
+) -> None:
+    bundle = signing(adapted, tmp_path / "odd")
+    file = bundle.path / "tasks/expert/adapter.safetensors"
+    arrays = {name: torch.from_numpy(matrix) for name, matrix in read_adapter(file).items()}
+    name = next(name for name in arrays if name.endswith(".A"))
+    arrays[name] = arrays[name][:-1].contiguous()
+    save_file(arrays, file)
+    bundle.seal()
+    with pytest.raises(EdgeError) as caught:
+        Engine(bundle.open(), 1)
+    assert caught.value.code == "adapter.invalid"
+
+
+@pytest.fixture
+def signing() -> Callable[[Path, Path], BundleVariant]:
+    from edge_agent.contract.dsse import generate_key
+
+    return lambda source, path: BundleVariant(source, path, generate_key())
+
+
+def test_an_adapter_of_a_task_that_is_not_in_the_bundle_is_refused() -> None:
+    model = {"decoder": "d", "tokenizer": "t", "architecture": "a", "precision": "p", "vocab_size": 2, "num_layers": 1}
+    shape = {"num_kv_heads": 1, "head_dim": 1, "max_context_tokens": 16, "eos_token_id": 0}
+    adapters = {"adapter_inputs": ["lora.0"], "adapters": {"nobody": "d"}}
+    files = [{"path": path, "size": 0, "sha256": "0" * 64} for path in ("d", "t", "tasks/sort/task.yaml")]
+    with pytest.raises(ValueError, match="nobody"):
+        Manifest.model_validate(
+            {
+                "name": "a",
+                "version": "1",
+                "target": "cpu-x86_64",
+                "model": {**model, **shape, **adapters},
+                "tasks": ["sort"],
+                "files": files,
+                "resources": {"disk_bytes": 0, "ram_bytes": 0},
+            }
+        )
+
+
+def test_a_router_hands_its_events_to_an_adapter(
+    make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "router").mkdir()
+    everything = "handoff: [{when: {urgent: [true, false]}, to: expert}]\n"
+    (tmp_path / "router" / "task.yaml").write_text((tasks[0] / "task.yaml").read_text() + everything)
+    make_bundle(tmp_path / "bundle", tasks=(tmp_path / "router", tasks[1]), adapters={"expert": adapter})
+    engine = engine_on(tmp_path / "bundle")
+    routed = answers(engine, "sort")
+    assert {answer.specialist for answer in routed} == {"expert"}
+    assert said(routed) == said(answers(engine, "expert"))
+
+
+def test_a_router_without_its_specialist_is_refused_before_anything_is_built(
+    make_bundle: Build, tmp_path: Path
+) -> None:
+    (tmp_path / "router").mkdir()
+    lonely = "handoff: [{when: {urgent: [true]}, to: expert}]\n"
+    (tmp_path / "router" / "task.yaml").write_text(TASK + lonely)
+    with pytest.raises(EdgeError) as caught:
+        make_bundle(tmp_path / "bundle", tasks=(tmp_path / "router",))
+    assert caught.value.code == "task.routing_invalid"
+    assert [path.name for path in tmp_path.iterdir()] == ["router"]
+
+
+OTHER_OPTIONS = [GraphOptions(head="split", together=True), GraphOptions(together=False)]
+
+
+@pytest.mark.parametrize("options", OTHER_OPTIONS, ids=["split", "one at a time"])
+def test_adapters_go_with_other_graph_options(
+    options: GraphOptions, make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    for name, graph in {"one": GraphOptions(), "other": options}.items():
+        make_bundle(tmp_path / name, precision="fp32", tasks=tasks, adapters={"expert": adapter}, graph=graph)
+    one, other = (answers(engine_on(tmp_path / name), "expert") for name in ("one", "other"))
+    assert [answer.decision for answer in one] == [answer.decision for answer in other]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def code_of(folder: Path, checkpoint: Path) -> str:
+    with pytest.raises(EdgeError) as caught:
+        open_adapter(folder, open_checkpoint(checkpoint))
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "IA3"},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"use_dora": True},
+        {"use_qalora": True},
+        {"fan_in_fan_out": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": [1]},
+        {"init_lora_weights": "pissa"},
+        {"something_of_next_year": {"on": True}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_setting_that_changes_more_than_a_low_rank_product_is_refused(
+    changes: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    assert code_of(make_adapter(tmp_path / "adapter", llama, **changes), llama) == "adapter.unsupported"
+
+
+def test_an_adapter_of_an_architecture_with_other_names_is_refused(tmp_path: Path, adapter: Path) -> None:
+    pythia = make_checkpoint(tmp_path / "pythia", "pythia-160m", {"num_attention_heads": 2, "head_dim": 64})
+    assert code_of(adapter, pythia) == "adapter.unsupported"
+
+
+def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path, adapter: Path) -> None:
+    wide = make_checkpoint(tmp_path / "wide", "smollm2-135m", {"intermediate_size": 256})
+    assert code_of(adapter, wide) == "adapter.invalid"
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def first(tensors: Tensors, side: str) -> str:
+    return next(name for name in sorted(tensors) if f"lora_{side}" in name)
+
+
+def lose_one(tensors: Tensors) -> None:
+    del tensors[first(tensors, "B")]
+
+
+def lose_a_module(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "k_proj" in name]:
+        del tensors[name]
+
+
+def lose_all(tensors: Tensors) -> None:
+    tensors.clear()
+
+
+def poison(tensors: Tensors) -> None:
+    tensors[first(tensors, "A")][0, 0] = torch.nan
+
+
+def another_rank(tensors: Tensors) -> None:
+    name = first(tensors, "A")
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+@pytest.mark.parametrize("damage", [lose_one, lose_a_module, lose_all, poison, another_rank])
+def test_a_damaged_adapter_is_refused(
+    damage: Callable[[Tensors], None], llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    tensors = load_file(folder / WEIGHTS_NAME)
+    damage(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME)
+    assert code_of(folder, llama) == "adapter.invalid"
+
+
+@pytest.mark.parametrize("name", ["base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.weight"])
+def test_an_adapter_that_changes_more_than_projections_is_refused(
+    name: str, llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    save_file({**load_file(folder / WEIGHTS_NAME), name: torch.zeros(4, 128)}, folder / WEIGHTS_NAME)
+    assert code_of(folder, llama) == "adapter.unsupported"
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_folder_without_one_of_the_files_is_refused(name: str, llama: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (folder / name).unlink()
+    assert code_of(folder, llama) == "adapter.invalid"
+
+
+def test_a_truncated_file_is_refused(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    file = folder / WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert code_of(folder, llama) == "adapter.invalid"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"identity": Identity("tiny", "1", "qnn-htp"), "precision": "a16w8"},
+        {"identity": Identity("tiny", "1", "openvino"), "precision": "fp32"},
+        {"identity": Identity("tiny", "1", "cuda-jetson")},
+        {"graph": GraphOptions(kv="int8")},
+        {"sweep_s": 5.0},
+        {"shrinking": Shrinking(Path("events.jsonl"), drop_layers=1)},
+    ],
+    ids=["qnn-htp", "openvino", "cuda-jetson", "int8 caches", "sweep", "shrinking"],
+)
+def test_an_option_that_looks_at_the_shared_weights_alone_is_refused(
+    changes: dict[str, Any], make_bundle: Build, tasks: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EdgeError) as caught:
+        make_bundle(tmp_path / "bundle", tasks=tasks, adapters={"expert": adapter}, **changes)
+    assert caught.value.code == "export.option_unsuitable"
+
+
+def test_an_adapter_for_a_task_that_is_not_built_is_refused(make_bundle: Build, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(EdgeError) as caught:
+        make_bundle(tmp_path / "bundle", adapters={"nobody": adapter})
+    assert caught.value.code == "export.task_unknown"
+
+
+def test_matrices_of_nothing_are_left_out(llama: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(llama)
+    both = {
+        "wide": open_adapter(make_adapter(tmp_path / "wide", llama), opened),
+        "narrow": open_adapter(make_adapter(tmp_path / "narrow", llama, modules=("o_proj",)), opened),
+    }
+    branches = add_branches(build_fused(llama), both)
+    assert {name.split(".")[3] for name in packed_matrices(branches, both["narrow"])} == {"o_proj"}
+    packed = packed_matrices(branches, both["wide"])["lora.0.self_attn.q_proj+k_proj+v_proj.B"]
+    assert packed.shape == (12, 256)
+    assert np.count_nonzero(packed[:4, 128:]) == 0  # query's rows add nothing to key and value
+
+
+def build_fused(checkpoint: Path) -> Any:
+    model = build_fp32(open_checkpoint(checkpoint), CONTEXT)
+    fuse_projections(model)
+    return model

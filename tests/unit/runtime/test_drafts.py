@@ -1,0 +1,100 @@
+"""A guess is worth its tokens or is not made; and the memory of answers stays bounded."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_agent.runtime.drafts import MAX_NODES, AnswerDrafts, PassCost
+
+# Two fields: scores are asked for after the opening (1 token) and after the first value with what it forces (4 tokens).
+RIGHT = [10, 21, 30, 31, 41, 50]
+OTHER = [10, 22, 32, 33, 42, 50]
+ASKED = (1, 4)
+
+
+def drafts_of(*answers: list[int], copies: bool = False) -> AnswerDrafts:
+    drafts = AnswerDrafts(PassCost(), copies=copies)
+    for answer in answers:
+        drafts.learn(answer, ASKED)
+    return drafts
+
+
+def test_nothing_is_proposed_before_anything_was_learned() -> None:
+    assert AnswerDrafts(PassCost()).propose([], [1, 2, 3]) == ([], [])
+
+
+def test_the_usual_answer_is_proposed_up_to_its_last_choice() -> None:
+    drafts = drafts_of(*[RIGHT] * 9)
+    assert drafts.propose([10], []) == ([21, 30, 31], [3])
+    # Behind the last choice nothing is asked for, so nothing is worth running.
+    assert drafts.propose([10, 21, 30, 31], []) == ([], [])
+
+
+def test_a_guess_that_is_hardly_ever_right_is_not_made() -> None:
+    many = [[10, 100 + n, 30, 31, 41, 50] for n in range(40)]
+    assert drafts_of(*many).propose([10], []) == ([], [])
+
+
+def test_an_answer_that_was_never_given_has_no_continuation() -> None:
+    assert drafts_of(RIGHT).propose([10, 99], []) == ([], [])
+
+
+def test_what_follows_depends_on_what_was_chosen() -> None:
+    drafts = drafts_of(*[RIGHT] * 5, *[OTHER] * 4)
+    third = [10, 22, 32, 33, 43, 50]
+    for _ in range(20):
+        drafts.learn(third, ASKED)
+    assert drafts.propose([10], [])[0] == [22, 32, 33]
+
+
+def test_memory_of_answers_is_bounded_when_no_two_are_alike() -> None:
+    drafts = AnswerDrafts(PassCost())
+    for n in range(2 * MAX_NODES):
+        drafts.learn([10, n % 7, 1000 + n, 5], (1, 2))
+        assert drafts.nodes <= MAX_NODES + 4
+
+
+def test_halving_keeps_what_is_usual() -> None:
+    drafts = AnswerDrafts(PassCost())
+    for n in range(MAX_NODES):
+        drafts.learn(RIGHT, ASKED)
+        drafts.learn([11, 1000 + n], (1,))
+    assert drafts.propose([10], []) == ([21, 30, 31], [3])
+
+
+def test_words_of_the_event_are_proposed_where_an_answer_repeats_it() -> None:
+    drafts = AnswerDrafts(PassCost(), copies=True)
+    prompt = [1, 2, 3, 4, 5, 6]
+    assert drafts.propose([10, 2, 3], prompt) == ([4, 5, 6], [1, 2, 3])
+    assert drafts.propose([10, 3, 2], prompt) == ([], [])
+    assert AnswerDrafts(PassCost()).propose([10, 2, 3], prompt) == ([], [])
+
+
+def test_copying_stops_where_it_does_not_pay() -> None:
+    drafts = AnswerDrafts(PassCost(), copies=True)
+    prompt = [1, 2, 3, 4, 5, 6]
+    for n in range(200):
+        drafts.learn([2, 3, 1000 + n], (2,), prompt)
+    assert drafts.propose([10, 2, 3], prompt) == ([], [])
+
+
+@pytest.mark.parametrize("fixed", [2.0, 20.0])
+def test_fixed_cost_of_a_pass_is_found_by_measuring(fixed: float) -> None:
+    cost = PassCost()
+    for tokens in (1, 7, 45, 3, 70, 9, 20, 45, 8, 60):
+        cost.learn(tokens, 0.001 * (fixed + tokens))
+    assert cost.fixed_tokens == pytest.approx(fixed, rel=0.01)
+
+
+def test_passes_of_one_length_tell_nothing_about_the_fixed_cost() -> None:
+    cost = PassCost()
+    for _ in range(50):
+        cost.learn(7, 0.01)
+    assert cost.fixed_tokens == PassCost().fixed_tokens
+
+
+def test_a_clock_that_jumps_leaves_a_usable_estimate() -> None:
+    cost = PassCost()
+    for tokens, seconds in ((1, 5.0), (70, 0.0), (7, 0.0), (45, 0.001), *[(9, 0.0)] * 10):
+        cost.learn(tokens, seconds)
+    assert 1.0 <= cost.fixed_tokens <= 64.0

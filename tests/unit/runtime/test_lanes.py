@@ -1,0 +1,204 @@
+"""Answers in lanes are those of plain decoding, whatever is drafted, whoever shares the pass."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.contract.task import TaskSpec
+from edge_agent.errors import EdgeError, PermanentError
+from edge_agent.runtime.decoder import Ask, Decoded, Drafts, Lane, decode
+from edge_agent.runtime.drafts import AnswerDrafts, PassCost
+from edge_agent.runtime.encoder import TextEncoder
+from edge_agent.runtime.grammar import AnswerPlan, compile_plan
+from edge_agent.runtime.guided import GuidedGrammars
+from edge_agent.runtime.kv_cache import MAX_SCORES, Logits, RowPass
+from edge_agent.runtime.lanes import grouped, run_lanes
+from tests.fakes import tokenizers
+from tests.fakes.scoring_model import HashModel
+
+VOCAB = 512
+EOS = 1
+START = 5
+FAR = math.inf
+CAPACITY = START + 400
+PROPERTIES: dict[str, Any] = {
+    "category": {"enum": ["thermal", "hydraulic", "hydro", "none"]},
+    "urgent": {"type": "boolean"},
+    "note": {"type": "string", "maxLength": 6},
+    "count": {"type": "integer", "minimum": -3, "maximum": 40},
+}
+
+
+class HashRows:
+    """Stands for `KvCache` over a `HashModel`: rows hold tokens, and scores follow from a row's tokens alone."""
+
+    def __init__(self, rows: int, seed: int, *, broken_row: int | None = None, fails: EdgeError | None = None) -> None:
+        self.capacity_tokens = CAPACITY
+        self.rows = rows
+        self.shared_passes = 0
+        self._tokens: list[list[int]] = [[-1] * START for _ in range(rows)]
+        self._model = HashModel(VOCAB, seed)
+        self._broken_row = broken_row
+        self._fails = fails
+
+    def put(self, row: int, tokens: Sequence[int]) -> None:
+        """As a restored beginning of an event would."""
+        self._tokens[row] = [*self._tokens[row][:START], *tokens]
+
+    def run(self, passes: Sequence[RowPass]) -> list[Logits]:
+        assert [one.row for one in passes] == list(range(passes[0].row, passes[0].row + len(passes)))
+        assert sum(len(one.score_at) for one in passes) <= MAX_SCORES
+        if self._fails is not None:
+            raise self._fails
+        self.shared_passes += len(passes) > 1
+        found = []
+        for one in passes:
+            assert START <= one.past <= len(self._tokens[one.row])
+            assert list(one.score_at) == sorted(set(one.score_at))
+            row = self._tokens[one.row] = [*self._tokens[one.row][: one.past], *one.tokens]
+            ends = [one.past + at + 1 for at in one.score_at]
+            scores = np.array([self._model.scores_after(row[START:end]) for end in ends], np.float32)
+            if one.row == self._broken_row:
+                scores[:] = np.nan
+            found.append(scores)
+        return found
+
+
+class WildDrafts:
+    """Guesses at random, sometimes right: the worst that a memory could propose."""
+
+    def __init__(self, seed: int, right: Sequence[int]) -> None:
+        self._random = random.Random(seed)
+        self._right = list(right)
+
+    def propose(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        length = self._random.randrange(12)
+        rest = self._right[len(answer) :] if self._right[: len(answer)] == list(answer) else []
+        draft = [
+            rest[n] if n < len(rest) and self._random.random() < 0.8 else self._random.randrange(VOCAB)
+            for n in range(length)
+        ]
+        asks = sorted(self._random.sample(range(1, length + 1), self._random.randrange(length + 1)))
+        return draft, asks
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> AnswerPlan:
+    file: Path = tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+    encoder = TextEncoder(file, VOCAB)
+    task = TaskSpec.model_validate(
+        {
+            "name": "task",
+            "version": 1,
+            "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
+            "output": {"type": "object", "properties": PROPERTIES},
+        }
+    )
+    return compile_plan(task, encoder, lambda: GuidedGrammars(encoder, VOCAB, EOS))
+
+
+def plainly(plan: AnswerPlan, prompt: Sequence[int], seed: int) -> Decoded:
+    return decode(HashModel(VOCAB, seed), plan, prompt, {}, FAR)
+
+
+def essence(decoded: Decoded | None) -> tuple[Any, ...]:
+    assert decoded is not None
+    return decoded.values, decoded.confidence, decoded.tokens, decoded.asked
+
+
+prompts = st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(prompts, min_size=1, max_size=4), seed=st.integers(0, 99), wild=st.booleans())
+def test_neither_drafts_nor_company_nor_a_restored_beginning_change_an_answer(
+    plan: AnswerPlan, texts: list[list[int]], seed: int, *, wild: bool
+) -> None:
+    expected = [plainly(plan, text, seed) for text in texts]
+    cache, lanes = HashRows(len(texts), seed), []
+    for row, (text, answer) in enumerate(zip(texts, expected, strict=True)):
+        seen = seed % len(text)
+        cache.put(row, text[:seen])
+        drafts: Drafts | None = WildDrafts(seed + row, answer.tokens) if wild else None
+        lanes.append(Lane(plan, text, {}, FAR, drafts, seen))
+    assert run_lanes(cache, START, lanes, PassCost()) == [None] * len(texts)  # type: ignore[arg-type]
+    assert [essence(lane.decoded) for lane in lanes] == [essence(answer) for answer in expected]
+
+
+def test_a_right_guess_is_checked_in_one_pass(plan: AnswerPlan) -> None:
+    prompt, drafts = [7, 8, 9], AnswerDrafts(PassCost())
+    expected = plainly(plan, prompt, 3)
+    for _ in range(9):
+        drafts.learn(expected.tokens, expected.asked)
+    lane = Lane(plan, prompt, {}, FAR, drafts)
+    run_lanes(HashRows(1, 3), START, [lane], PassCost())  # type: ignore[arg-type]
+    assert essence(lane.decoded) == essence(expected)
+    assert lane.passes == 1 < expected.passes
+
+
+def test_short_passes_are_shared(plan: AnswerPlan) -> None:
+    cache = HashRows(4, 1)
+    lanes = [Lane(plan, [20 + row, 3, 4], {}, FAR) for row in range(4)]
+    run_lanes(cache, START, lanes, PassCost())  # type: ignore[arg-type]
+    assert cache.shared_passes > 0
+
+
+def test_one_event_s_fault_is_no_other_s(plan: AnswerPlan) -> None:
+    texts = [[7, 8], [9, 10], [11, 12]]
+    lanes = [Lane(plan, text, {}, FAR) for text in texts]
+    faults = run_lanes(HashRows(3, 5, broken_row=1), START, lanes, PassCost())  # type: ignore[arg-type]
+    assert faults[1] is not None
+    assert faults[1].code == "worker.bad_logits"
+    assert [faults[0], faults[2]] == [None, None]
+    assert [essence(lanes[n].decoded) for n in (0, 2)] == [essence(plainly(plan, texts[n], 5)) for n in (0, 2)]
+
+
+def test_a_lane_past_its_deadline_ends_and_the_others_go_on(plan: AnswerPlan) -> None:
+    lanes = [Lane(plan, [7, 8], {}, time.monotonic()), Lane(plan, [9, 10], {}, FAR)]
+    faults = run_lanes(HashRows(2, 5), START, lanes, PassCost())  # type: ignore[arg-type]
+    assert faults[0] is not None
+    assert faults[0].code == "worker.deadline"
+    assert essence(lanes[1].decoded) == essence(plainly(plan, [9, 10], 5))
+
+
+def test_a_pass_that_fails_fails_every_event_in_it(plan: AnswerPlan) -> None:
+    fault = PermanentError("worker.inference", "kernel")
+    lanes = [Lane(plan, [7, 8], {}, FAR), Lane(plan, [9, 10], {}, FAR)]
+    assert run_lanes(HashRows(2, 5, fails=fault), START, lanes, PassCost()) == [fault, fault]  # type: ignore[arg-type]
+
+
+def ask(tokens: int, keep: int = 0, scores: int = 1) -> Ask:
+    return Ask(keep, [1] * tokens, list(range(scores)))
+
+
+def sizes(waiting: list[tuple[int, Ask]], fixed: float = 10, room: int = 400) -> list[list[int]]:
+    return [[row for row, _ in group] for group in grouped(waiting, fixed, room)]
+
+
+def test_padding_that_costs_more_than_a_pass_keeps_rows_apart() -> None:
+    assert sizes([(0, ask(7)), (1, ask(7)), (2, ask(60)), (3, ask(7))]) == [[0, 1], [2], [3]]
+    assert sizes([(0, ask(50)), (1, ask(55)), (2, ask(52))]) == [[0, 1, 2]]
+
+
+def test_rows_that_do_not_lie_side_by_side_share_no_pass() -> None:
+    assert sizes([(0, ask(7)), (2, ask(7)), (3, ask(7))]) == [[0], [2, 3]]
+
+
+def test_a_row_near_its_end_is_not_padded_beyond_it() -> None:
+    assert sizes([(0, ask(2, keep=397)), (1, ask(7))], room=400) == [[0], [1]]
+    assert sizes([(0, ask(2, keep=393)), (1, ask(7))], room=400) == [[0, 1]]
+
+
+def test_a_pass_scores_no_more_positions_than_there_is_room_for() -> None:
+    waiting = [(row, ask(60, scores=50)) for row in range(4)]
+    assert sizes(waiting) == [[0, 1], [2, 3]]
