@@ -31,6 +31,7 @@ from tests.bench.made import HERE, python_module
 from tests.bench.measured_run import CommandFailedError
 from tests.bench.ogenai_peer import environment
 
+OURS_DRAFTS = "ours_drafts"
 OURS, LLAMA, LLAMA_SLOTS, OGENAI = "ours", "llamacpp", f"llamacpp_{SLOTS}_slots", "ogenai"
 MAX_ANSWER_TOKENS = 128
 NOT_MADE = "one of the two could not be made"
@@ -95,7 +96,12 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
     engines: dict[str, Callable[[], EngineRun]] = {}
     tried: dict[str, float] = {}
     if isinstance(made.ours, OurBundle):
-        engines[OURS] = partial(_run_ours, made.ours, job)
+        trained = MODELS[made.name] is None
+        engines[OURS] = partial(_run_ours, made.ours, job, with_drafts=trained)
+        if not trained:
+            engines[OURS_DRAFTS] = partial(_run_ours, made.ours, job, with_drafts=True)
+        # Leaves the prefix's state on the disk, where every start but a device's first finds it.
+        attempt(engines[OURS], say)
     if isinstance(made.llama, LlamaServer):
         peer = made.llama
         found: tuple[Setting, dict[str, float]] | Missing = (SETTINGS[0], {})
@@ -204,6 +210,12 @@ def ratio_figures(name: str, turns: Turns) -> Iterator[Figure]:
         OGENAI,
         processor_ratio,
     )
+    drafts = turns.runs.get(OURS_DRAFTS)
+    if drafts and LLAMA in turns.runs:
+        samples = [corrected_ratio(their, our) for their, our in zip(turns.runs[LLAMA], drafts, strict=True)]
+        value, spread = from_samples(samples)
+        label = f"{name}: {decisions}llama.cpp, equal output, our drafts on"
+        yield Figure(f"{name}.decisions_vs_llamacpp_drafts", label, value, RATIO, None, spread)
     memory_target = AT_MOST_EVEN if targets else None
     yield ratio("rss_vs_llamacpp", "peak memory, ours / llama.cpp", LLAMA, _memory_ratio, memory_target)
     yield ratio("rss_vs_ogenai", "peak memory, ours / onnxruntime-genai", OGENAI, _memory_ratio)
@@ -249,14 +261,19 @@ def own_figures(name: str, runs: Sequence[EngineRun]) -> Iterator[Figure]:
         value, spread = from_samples(repeats)
         yield Figure(key, label, value, RATIO, CACHE_SPEEDUP if targets else None, spread)
     else:
-        note = "the engine keeps no answers yet"
+        note = "no repeated events were asked for"
         yield Figure(key, label, None, RATIO, CACHE_SPEEDUP if targets else None, note=note)
 
 
 def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[Figure]:
     """Every engine's own rate, and what its time is made of."""
     ours = runs.get(OURS, [])
-    for engine, label in {OURS: "ours", LLAMA: "llama.cpp", OGENAI: "onnxruntime-genai"}.items():
+    for engine, label in {
+        OURS: "ours",
+        OURS_DRAFTS: "ours with drafts",
+        LLAMA: "llama.cpp",
+        OGENAI: "onnxruntime-genai",
+    }.items():
         found = runs.get(engine, [])
         if not found:
             continue
@@ -275,7 +292,7 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
             words = "processor time of a decision, all cores together"
             yield _of_runs(f"{key}_processor_ms", f"{title}, {words}", found, processor_ms, "ms")
         yield _of_runs(f"{key}_rss_mb", f"{title}, peak memory", found, lambda run: run.peak_rss_bytes / MB, "MB")
-        if engine != OURS:
+        if engine not in {OURS, OURS_DRAFTS}:
             words = "from the process's start to the first decision"
             yield _of_runs(f"{key}_first_decision_s", f"{title}, {words}", found, lambda run: run.first_decision_s, "s")
         if engine != OURS and ours and MODELS[name] is None:
@@ -330,9 +347,12 @@ def _job_file(job: Job) -> Path:
     return path
 
 
-def _run_ours(bundle: OurBundle, job: Job) -> EngineRun:
+def _run_ours(bundle: OurBundle, job: Job, *, with_drafts: bool) -> EngineRun:
+    prefixes = CACHE / "prefixes"
+    prefixes.mkdir(mode=0o700, exist_ok=True)
+    options: list[str | Path] = ["--prefix-dir", prefixes, *([] if with_drafts else ["--without-drafts"])]
     signer: list[str | Path] = ["--signer", bundle.signer] if bundle.signer else []
-    command = [*python_module("tests.bench.engine_decisions", bundle.path, _job_file(job)), *signer]
+    command = [*python_module("tests.bench.engine_decisions", bundle.path, _job_file(job)), *options, *signer]
     return run_program(command, environment())
 
 

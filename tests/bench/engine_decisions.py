@@ -1,6 +1,6 @@
 """Our side: a bundle in the device's own engine, in a fresh process.
 
-    python -m tests.bench.engine_decisions BUNDLE JOB.json [--signer PEM]
+    python -m tests.bench.engine_decisions BUNDLE JOB.json [--signer PEM] [--prefix-dir DIR]
 
 The bundle is verified and every file hashed, as the device does before it loads one.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,61 @@ from typing import Any
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from edge_agent.contract.event import Event
+from edge_agent.errors import EdgeError
 from edge_agent.runtime.answer import Answer
-from edge_agent.runtime.bundle import load_trusted_keys, open_signed_bundle
+from edge_agent.runtime.bundle import VerifiedBundle, load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.memory import peak_rss_bytes
+from edge_agent.runtime.speed import Speed
 
 DEADLINE_S = 60.0
 """Far beyond any answer: what is measured is how long it takes, not whether it is late."""
+MEMORY_BYTES = 8 << 20
+_REPEATS = 20
 
 
 def answer_backlog(engine: Engine, task: str, events: Sequence[Event]) -> list[Answer]:
-    """Answer events that are all waiting: the one place that knows how the engine does that best."""
-    return [engine.decide(task, event, deadline_s=DEADLINE_S) for event in events]
+    """Answer events that are all waiting: the one place that knows how the engine does that best.
+
+    Raises:
+        EdgeError: the first fault of any event.
+    """
+    answers: list[Answer] = []
+    for found in engine.decide_many(task, events, deadline_s=DEADLINE_S):
+        if isinstance(found, EdgeError):
+            raise found
+        answers.append(found)
+    return answers
 
 
-def answer_job(bundle: Path, signer: Path | None, job: dict[str, Any], spawned_s: float) -> dict[str, Any]:
+def repeated_per_s(bundle: VerifiedBundle, threads: int, task: str, events: Sequence[Event], speed: Speed) -> float:
+    """Decisions per second, one at a time, on events that this engine has answered before."""
+    engine = Engine(bundle, threads, replace(speed, decision_cache_bytes=MEMORY_BYTES))
+    for event in events:
+        engine.decide(task, event, deadline_s=DEADLINE_S)
+    started_s = time.monotonic()
+    for event in list(events) * _REPEATS:
+        engine.decide(task, event, deadline_s=DEADLINE_S)
+    return len(events) * _REPEATS / (time.monotonic() - started_s)
+
+
+def answer_job(
+    bundle: Path, signer: Path | None, job: dict[str, Any], speed: Speed, spawned_s: float
+) -> dict[str, Any]:
     """Answer everything.
 
     Args:
         bundle: its folder.
         signer: PEM of its signer's public key, None for one that the device trusts by itself.
         job: as `tests.bench.decision_runs.Job` writes it.
+        speed: the engine's levers; answers are remembered only where repeated events are measured.
         spawned_s: `time.monotonic` when this process was started.
 
     Returns:
         What `tests.bench.decision_runs.parse_run` reads.
     """
-    trusted = load_trusted_keys([signer] if signer else [])
-    engine = Engine(open_signed_bundle(bundle, trusted), threads=job["threads"])
+    verified = open_signed_bundle(bundle, load_trusted_keys([signer] if signer else []))
+    engine = Engine(verified, job["threads"], speed)
     task = job["task"]
     warm, measured, backlog = ([prompt["event"] for prompt in job[part]] for part in ("warm", "measured", "backlog"))
     engine.decide(task, warm[0], deadline_s=DEADLINE_S)
@@ -69,6 +97,7 @@ def answer_job(bundle: Path, signer: Path | None, job: dict[str, Any], spawned_s
         "answers": [_answered(answer) for answer in answers],
         "backlog": {"seconds": backlog_s, "tokens": tokens} if tokens else None,
         "prompts_differ": sum([*prefix, *engine.encode_event(task, p["event"])] != p["ids"] for p in prompts),
+        "repeats_per_s": repeated_per_s(verified, job["threads"], task, measured, speed),
     }
 
 
@@ -90,10 +119,13 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("job", type=Path)
     parser.add_argument("--signer", type=Path)
+    parser.add_argument("--prefix-dir", type=Path, help="keep the prefixes' states there, as the device does")
+    parser.add_argument("--without-drafts", action="store_true")
     parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
     arguments = parser.parse_args()
     job = json.loads(arguments.job.read_text("utf-8"))
-    print(json.dumps(answer_job(arguments.bundle, arguments.signer, job, arguments.spawned_at)))
+    speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts)
+    print(json.dumps(answer_job(arguments.bundle, arguments.signer, job, speed, arguments.spawned_at)))
     return 0
 
 
