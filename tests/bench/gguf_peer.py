@@ -33,6 +33,8 @@ TYPES = {
 }
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 _SUPER_BLOCK = 256
+_ZERO_BYTE = "\u0100"
+"""As byte-level BPE writes it."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: d
     by_id.update({entry["id"]: entry["content"] for entry in tokenizer["added_tokens"]})
     # The embedding may have more rows than there are tokens.
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(config["vocab_size"])]
-    kinds = [
-        gguf.TokenType.CONTROL if n in special else gguf.TokenType.NORMAL if n in by_id else gguf.TokenType.UNUSED
-        for n in range(len(tokens))
-    ]
+    kinds = [_token_type(token, known=n in by_id, special=n in special) for n, token in enumerate(tokens)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -137,6 +136,14 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: d
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
+
+
+def _token_type(token: str, *, known: bool, special: bool) -> gguf.TokenType:
+    if special:
+        return gguf.TokenType.CONTROL
+    # llama.cpp's grammar reads a token's text up to its first zero byte, so it would let such a token stand for less
+    # than it is, and the answer would hold zero bytes. No text has them; only a synthetic vocabulary has many.
+    return gguf.TokenType.NORMAL if known and _ZERO_BYTE not in token else gguf.TokenType.UNUSED
 
 
 def _tensors(checkpoint: Path, config: dict[str, Any], architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, Floats]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from edge_agent.contract.dsse import generate_key, private_key_to_pem
+from edge_agent.contract.dsse import generate_key, load_private_key, private_key_to_pem, public_key_to_pem
 from edge_agent.contract.manifest import Manifest, read_manifest
 from tests.bench.cache import CACHE, ROOT, cached, files_digest, versions_of
 from tests.bench.measured_run import Run, run_measured
@@ -119,13 +119,14 @@ def vocabulary_text(shape: str, checkpoint: Path) -> Path:
     return cached(f"vocabulary-{shape}", {"tokenizer": files_digest(source)}, make) / "vocabulary.txt"
 
 
-def build_bundle(checkpoint: Path, name: str, arguments: Sequence[str | Path] = ()) -> Built:
+def build_bundle(checkpoint: Path, name: str, arguments: Sequence[str | Path] = (), task: Path | None = None) -> Built:
     """Run ``edge-export build`` from nothing, in a process of its own: time is a figure, so no stage is reused.
 
     Args:
         checkpoint: Hugging Face folder.
         name: of the bundle's folder below ``build/bench``.
         arguments: further ones of the command.
+        task: folder of the task; default: the reference task.
 
     Raises:
         CommandFailedError: the build refused or failed.
@@ -134,7 +135,7 @@ def build_bundle(checkpoint: Path, name: str, arguments: Sequence[str | Path] = 
     for stale in (out, work):
         shutil.rmtree(stale, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = python_module("export", "build", checkpoint, "--target", TARGET, "--task", task_without_golden())
+    command = python_module("export", "build", checkpoint, "--target", TARGET, "--task", task or task_without_golden())
     command += ["--out", out, "--name", "bench", "--sign-key", _signing_key(), *arguments]
     run = run_measured([*command, "--work", work], cwd=ROOT)
     shutil.rmtree(work)
@@ -191,6 +192,11 @@ def optimum_peer(name: str, checkpoint: Path) -> Path:
         run_measured(python_module("tests.bench.optimum_peer", checkpoint, folder), cwd=ROOT)
 
     return cached(f"optimum-{name}", key, make)
+
+
+def signer_pem() -> bytes:
+    """Public half of the key that signs a benchmark's bundles, PEM."""
+    return public_key_to_pem(load_private_key(_signing_key().read_bytes()).public_key())
 
 
 def _signing_key() -> Path:

@@ -47,16 +47,17 @@ def write_page(figures: Sequence[Figure], found_machine: dict[str, Any], docs: P
     """
     template = Template(_TEMPLATE.read_text("utf-8"))
     words = {
-        "about": textwrap.fill(_about(found_machine), _COLUMNS, break_on_hyphens=False),
+        "about": textwrap.fill(about(found_machine), _COLUMNS, break_on_hyphens=False),
         "targets": "\n".join(table([figure for figure in figures if figure.target])),
         "others": "\n".join(table([figure for figure in figures if not figure.target])),
-        "notes": _notes(figures),
+        "notes": notes(figures),
     }
     (docs / PAGE).write_text(template.substitute(words), "utf-8")
     (docs / FIGURES).write_text(as_json(figures, found_machine), "utf-8")
 
 
-def _about(found: dict[str, Any]) -> str:
+def about(found: dict[str, Any]) -> str:
+    """The machine in a sentence."""
     libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
     instructions = ", ".join(found["instructions"])
     return (
@@ -80,6 +81,7 @@ def committed_figures(path: Path = DOCS / FIGURES) -> dict[str, Any]:
     return figures
 
 
-def _notes(figures: Sequence[Figure]) -> str:
+def notes(figures: Sequence[Figure]) -> str:
+    """A list of the figures' notes; those of figures that have no value stand in the table."""
     lines = [f"- {figure.label}: {figure.note}" for figure in figures if figure.note and figure.value is not None]
     return "\n".join(["", "Notes:", "", *dict.fromkeys(lines), ""]) if lines else ""

@@ -1,0 +1,96 @@
+"""The task of the decision benchmark: the reference task behind an instruction of a realistic length.
+
+A model of general training wants to be told what to do, so a real prefix has some 250 tokens. The fields, their values
+and the event lines are the reference task's own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from edge_agent.contract.event import Event
+from edge_agent.contract.task import TaskSpec, load_task
+from edge_agent.runtime.encoder import TextEncoder
+from edge_agent.runtime.prompt import event_prompt
+from tests.bench.cache import cached, files_digest
+from tests.bench.made import HELDOUT, REFERENCE
+
+INSTRUCTION = """\
+Triage the factory event and answer with one line of JSON: five fields, in this order.
+category: the kind of fault. Take the cause that the text names, not the place where it was seen.
+severity: info for tests, low for wear, medium for less output, high for standstill, critical for danger.
+action: log, monitor, schedule a repair, inspect soon, call now, or stop.
+escalate: true when a person must look at it in this shift.
+component: the part to look at first; unknown if none is named.
+"""
+MAX_PROMPT_TOKENS = 512
+"""Of an event. No held-out event is cut, so that every engine reads the same text."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One event as every engine gets it.
+
+    Args:
+        event: as the machine sent it.
+        text: the whole prompt, prefix included.
+        ids: the same in tokens, as the device feeds them.
+    """
+
+    event: Event
+    text: str
+    ids: list[int]
+
+
+def decision_task() -> Path:
+    """Folder of the task with the long prefix, as ``edge-export build --task`` takes it."""
+    source = REFERENCE / "task" / "task.yaml"
+
+    def make(folder: Path) -> None:
+        (folder / source.name).write_text(with_long_prefix(source.read_text("utf-8")), "utf-8")
+
+    return cached("decision-task", {"task": files_digest(source), "code": files_digest(Path(__file__))}, make)
+
+
+def with_long_prefix(reference: str) -> str:
+    """The YAML of the reference task, with `INSTRUCTION` as its prefix and room for every event."""
+    task = yaml.safe_load(reference)
+    task["prompt"]["prefix"] = INSTRUCTION
+    task["limits"]["max_prompt_tokens"] = MAX_PROMPT_TOKENS
+    return str(yaml.safe_dump(task, sort_keys=False, allow_unicode=True))
+
+
+def prompts(task: TaskSpec, checkpoint: Path, count: int) -> list[Prompt]:
+    """The first held-out events, in file order, none twice.
+
+    Args:
+        task: says how an event becomes text.
+        checkpoint: Hugging Face folder of the model.
+        count: how many.
+
+    Raises:
+        ValueError: there are not so many, or the task would cut one of them.
+    """
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    encoder = TextEncoder(checkpoint / "tokenizer.json", config["vocab_size"])
+    prefix = encoder.encode(task.prompt.prefix)
+    lines = HELDOUT.read_text("utf-8").splitlines()
+    if count > len(lines):
+        raise ValueError(f"{count} events are wanted, there are {len(lines)}")
+    found = []
+    for line in lines[:count]:
+        event = json.loads(line)["event"]
+        prompt = event_prompt(task, event, encoder.encode)
+        if len(encoder.encode(task.render(event))) != len(prompt.ids):
+            raise ValueError(f"the task's limit of {task.limits.max_prompt_tokens} tokens cuts {event}")
+        found.append(Prompt(event, task.prompt.prefix + task.render(event), [*prefix, *prompt.ids]))
+    return found
+
+
+def load_decision_task(folder: Path) -> TaskSpec:
+    """The task in a folder that `decision_task` or the reference holds."""
+    return load_task(folder / "task.yaml")

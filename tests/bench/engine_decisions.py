@@ -1,0 +1,133 @@
+"""Our side: a bundle in the device's own engine, in a fresh process.
+
+    python -m tests.bench.engine_decisions BUNDLE JOB.json [--signer PEM] [--prefix-dir DIR]
+
+The bundle is verified and every file hashed, as the device does before it loads one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Before onnxruntime is imported: its official Linux wheels report usage over the network by default.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+from edge_agent.contract.event import Event
+from edge_agent.errors import EdgeError
+from edge_agent.runtime.answer import Answer
+from edge_agent.runtime.bundle import VerifiedBundle, load_trusted_keys, open_signed_bundle
+from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.memory import peak_rss_bytes
+from edge_agent.runtime.speed import Speed
+
+DEADLINE_S = 60.0
+"""Far beyond any answer: what is measured is how long it takes, not whether it is late."""
+MEMORY_BYTES = 8 << 20
+_REPEATS = 20
+
+
+def answer_backlog(engine: Engine, task: str, events: Sequence[Event]) -> list[Answer]:
+    """Answer events that are all waiting: the one place that knows how the engine does that best.
+
+    Raises:
+        EdgeError: the first fault of any event.
+    """
+    answers: list[Answer] = []
+    for found in engine.decide_many(task, events, deadline_s=DEADLINE_S):
+        if isinstance(found, EdgeError):
+            raise found
+        answers.append(found)
+    return answers
+
+
+def repeated_per_s(bundle: VerifiedBundle, threads: int, task: str, events: Sequence[Event], speed: Speed) -> float:
+    """Decisions per second, one at a time, on events that this engine has answered before."""
+    engine = Engine(bundle, threads, replace(speed, decision_cache_bytes=MEMORY_BYTES))
+    for event in events:
+        engine.decide(task, event, deadline_s=DEADLINE_S)
+    started_s = time.monotonic()
+    for event in list(events) * _REPEATS:
+        engine.decide(task, event, deadline_s=DEADLINE_S)
+    return len(events) * _REPEATS / (time.monotonic() - started_s)
+
+
+def answer_job(
+    bundle: Path, signer: Path | None, job: dict[str, Any], speed: Speed, spawned_s: float
+) -> dict[str, Any]:
+    """Answer everything.
+
+    Args:
+        bundle: its folder.
+        signer: PEM of its signer's public key, None for one that the device trusts by itself.
+        job: as `tests.bench.decision_runs.Job` writes it.
+        speed: the engine's levers; answers are remembered only where repeated events are measured.
+        spawned_s: `time.monotonic` when this process was started.
+
+    Returns:
+        What `tests.bench.decision_runs.parse_run` reads.
+    """
+    verified = open_signed_bundle(bundle, load_trusted_keys([signer] if signer else []))
+    engine = Engine(verified, job["threads"], speed)
+    task = job["task"]
+    warm, measured, backlog = ([prompt["event"] for prompt in job[part]] for part in ("warm", "measured", "backlog"))
+    engine.decide(task, warm[0], deadline_s=DEADLINE_S)
+    first_decision_s = time.monotonic() - spawned_s
+    for event in warm[1:]:
+        engine.decide(task, event, deadline_s=DEADLINE_S)
+    processor_before_s = time.process_time()
+    answers = [engine.decide(task, event, deadline_s=DEADLINE_S) for event in measured]
+    processor_s = time.process_time() - processor_before_s
+    peak_bytes = peak_rss_bytes()
+    started_s = time.monotonic()
+    tokens = [answer.tokens_out for answer in answer_backlog(engine, task, backlog)]
+    backlog_s = time.monotonic() - started_s
+    prefix = engine.encode_prefix(task)
+    prompts = [prompt for part in ("warm", "measured", "backlog") for prompt in job[part]]
+    return {
+        "first_decision_s": first_decision_s,
+        "peak_rss_bytes": peak_bytes,
+        "processor_s": processor_s,
+        "answers": [_answered(answer) for answer in answers],
+        "backlog": {"seconds": backlog_s, "tokens": tokens} if tokens else None,
+        "prompts_differ": sum([*prefix, *engine.encode_event(task, p["event"])] != p["ids"] for p in prompts),
+        "repeats_per_s": repeated_per_s(verified, job["threads"], task, measured, speed),
+    }
+
+
+def _answered(answer: Answer) -> dict[str, Any]:
+    return {
+        "latency_ms": answer.latency_ms,
+        # The engine does not time its passes one by one; a clock in the product's loop would be there for this alone.
+        "prompt_ms": 0.0,
+        "generate_ms": 0.0,
+        "prompt_tokens": 0,
+        "tokens": answer.tokens_out,
+        "text": json.dumps(answer.decision, separators=(",", ":"), ensure_ascii=False),
+    }
+
+
+def main() -> int:
+    """Command line (see the module's docstring); prints the run as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.engine_decisions")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--signer", type=Path)
+    parser.add_argument("--prefix-dir", type=Path, help="keep the prefixes' states there, as the device does")
+    parser.add_argument("--without-drafts", action="store_true")
+    parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
+    arguments = parser.parse_args()
+    job = json.loads(arguments.job.read_text("utf-8"))
+    speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts)
+    print(json.dumps(answer_job(arguments.bundle, arguments.signer, job, speed, arguments.spawned_at)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
