@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,8 @@ class DecisionContenders:
         name: of the model, as keys of figures begin.
         checkpoint: Hugging Face folder that all were made of.
         task: what is decided.
-        ours: our bundle.
+        ours: our bundle, its projections in eight bits by rows.
+        ours_int4: the same in four bits.
         llama: llama.cpp's server.
         ogenai: onnxruntime-genai.
     """
@@ -72,6 +74,7 @@ class DecisionContenders:
     checkpoint: Path
     task: TaskSpec
     ours: OurBundle | Missing
+    ours_int4: OurBundle | Missing
     llama: LlamaServer | Missing
     ogenai: Ogenai | Missing
 
@@ -86,45 +89,55 @@ def make_decision_contenders(name: str, shape: str | None, say: Say) -> Decision
     """
     if shape is None:
         checkpoint, folder = REFERENCE / "checkpoint", REFERENCE / "task"
-        ours: OurBundle | Missing = OurBundle(REFERENCE / "bundle", None)
+        ours_int4: OurBundle | Missing = OurBundle(REFERENCE / "bundle", None)
     else:
         say(f"{name}: checkpoint")
         checkpoint, folder = synthetic_checkpoint(shape), decision_task()
-        say(f"{name}: bundle")
-        ours = attempt(lambda: decision_bundle(shape, checkpoint, folder), say)
+        say(f"{name}: bundle in four bits")
+        ours_int4 = attempt(lambda: decision_bundle(shape, checkpoint, folder, "int4", head_of(shape, checkpoint)), say)
+    say(f"{name}: bundle in eight bits")
+    head = [] if shape is None else head_of(shape, checkpoint)
+    ours = attempt(lambda: decision_bundle(shape or name, checkpoint, folder, "int8", head), say)
     say(f"{name}: llama-server (compiled once, some minutes)")
     llama = attempt(lambda: LlamaServer(llama_server(), gguf_peer(shape or name, checkpoint).path), say)
     say(f"{name}: onnxruntime-genai")
     ogenai = attempt(lambda: _ogenai(shape or name, checkpoint), say)
-    return DecisionContenders(name, checkpoint, load_decision_task(folder), ours, llama, ogenai)
+    return DecisionContenders(name, checkpoint, load_decision_task(folder), ours, ours_int4, llama, ogenai)
 
 
-def decision_bundle(shape: str, checkpoint: Path, task: Path) -> OurBundle:
-    """Our bundle with a head of `HEAD_ROWS` rows and the exporter's defaults besides.
+def head_of(shape: str, checkpoint: Path) -> list[str | Path]:
+    """Arguments of a build whose head keeps `HEAD_ROWS` rows: those of the events, and then any."""
+    return ["--vocab-from", HELDOUT, vocabulary_text(shape, checkpoint), "--vocab-rows", str(HEAD_ROWS)]
+
+
+def decision_bundle(
+    name: str, checkpoint: Path, task: Path, precision: str, arguments: Sequence[str | Path]
+) -> OurBundle:
+    """Our bundle with the exporter's defaults but for its precision and head.
 
     Kept, unlike those whose making is measured: here only its answers count.
+
+    Args:
+        name: of the model.
+        checkpoint: Hugging Face folder.
+        task: folder of the task.
+        precision: of the projections.
+        arguments: further ones of the build.
     """
     key = {
         "checkpoint": files_digest(checkpoint),
         "task": files_digest(task),
         "exporter": files_digest(*sorted((ROOT / "export").rglob("*.py"))),
-        "rows": HEAD_ROWS,
+        "arguments": [str(argument) for argument in arguments],
         "versions": versions_of("onnx", "onnxruntime", "torch", "mobius-onnx"),
     }
 
     def make(folder: Path) -> None:
-        rows: list[str | Path] = [
-            "--vocab-from",
-            HELDOUT,
-            vocabulary_text(shape, checkpoint),
-            "--vocab-rows",
-            str(HEAD_ROWS),
-        ]
-        built = build_bundle(checkpoint, f"{shape}-decisions", rows, task)
+        built = build_bundle(checkpoint, f"{name}-{precision}", ["--precision", precision, *arguments], task)
         shutil.move(built.bundle, folder / BUNDLE)
         (folder / SIGNER).write_bytes(signer_pem())
 
-    folder = cached(f"decision-bundle-{shape}", key, make)
+    folder = cached(f"decision-bundle-{name}-{precision}", key, make)
     return OurBundle(folder / BUNDLE, folder / SIGNER)
 
 

@@ -31,7 +31,7 @@ from tests.bench.made import HERE, python_module
 from tests.bench.measured_run import CommandFailedError
 from tests.bench.ogenai_peer import environment
 
-OURS_DRAFTS = "ours_drafts"
+OURS_DRAFTS, OURS_INT4 = "ours_drafts", "ours_int4"
 OURS, LLAMA, LLAMA_SLOTS, OGENAI = "ours", "llamacpp", f"llamacpp_{SLOTS}_slots", "ogenai"
 MAX_ANSWER_TOKENS = 128
 NOT_MADE = "one of the two could not be made"
@@ -100,6 +100,9 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
         engines[OURS] = partial(_run_ours, made.ours, job, with_drafts=trained)
         if not trained:
             engines[OURS_DRAFTS] = partial(_run_ours, made.ours, job, with_drafts=True)
+        if isinstance(made.ours_int4, OurBundle):
+            engines[OURS_INT4] = partial(_run_ours, made.ours_int4, job, with_drafts=trained)
+            attempt(engines[OURS_INT4], say)
         # Leaves the prefix's state on the disk, where every start but a device's first finds it.
         attempt(engines[OURS], say)
     if isinstance(made.llama, LlamaServer):
@@ -210,12 +213,13 @@ def ratio_figures(name: str, turns: Turns) -> Iterator[Figure]:
         OGENAI,
         processor_ratio,
     )
-    drafts = turns.runs.get(OURS_DRAFTS)
-    if drafts and LLAMA in turns.runs:
-        samples = [corrected_ratio(their, our) for their, our in zip(turns.runs[LLAMA], drafts, strict=True)]
-        value, spread = from_samples(samples)
-        label = f"{name}: {decisions}llama.cpp, equal output, our drafts on"
-        yield Figure(f"{name}.decisions_vs_llamacpp_drafts", label, value, RATIO, None, spread)
+    for engine, slug, words in ((OURS_DRAFTS, "drafts", "our drafts on"), (OURS_INT4, "int4", "ours in four bits")):
+        other = turns.runs.get(engine)
+        if other and LLAMA in turns.runs:
+            samples = [corrected_ratio(their, our) for their, our in zip(turns.runs[LLAMA], other, strict=True)]
+            value, spread = from_samples(samples)
+            label = f"{name}: {decisions}llama.cpp, equal output, {words}"
+            yield Figure(f"{name}.decisions_vs_llamacpp_{slug}", label, value, RATIO, None, spread)
     memory_target = AT_MOST_EVEN if targets else None
     yield ratio("rss_vs_llamacpp", "peak memory, ours / llama.cpp", LLAMA, _memory_ratio, memory_target)
     yield ratio("rss_vs_ogenai", "peak memory, ours / onnxruntime-genai", OGENAI, _memory_ratio)
@@ -271,6 +275,7 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
     for engine, label in {
         OURS: "ours",
         OURS_DRAFTS: "ours with drafts",
+        OURS_INT4: "ours in four bits",
         LLAMA: "llama.cpp",
         OGENAI: "onnxruntime-genai",
     }.items():
@@ -292,7 +297,7 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
             words = "processor time of a decision, all cores together"
             yield _of_runs(f"{key}_processor_ms", f"{title}, {words}", found, processor_ms, "ms")
         yield _of_runs(f"{key}_rss_mb", f"{title}, peak memory", found, lambda run: run.peak_rss_bytes / MB, "MB")
-        if engine not in {OURS, OURS_DRAFTS}:
+        if engine not in {OURS, OURS_DRAFTS, OURS_INT4}:
             words = "from the process's start to the first decision"
             yield _of_runs(f"{key}_first_decision_s", f"{title}, {words}", found, lambda run: run.first_decision_s, "s")
         if engine != OURS and ours and MODELS[name] is None:
