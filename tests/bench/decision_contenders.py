@@ -87,6 +87,18 @@ def make_decision_contenders(name: str, shape: str | None, say: Say) -> Decision
         shape: as `export.checkpoint.synth` names it; None: the trained reference model with its own task.
         say: is told what happens.
     """
+    checkpoint, folder, ours_int4, ours = make_own_bundles(name, shape, say)
+    say(f"{name}: llama-server (compiled once, some minutes)")
+    llama = attempt(lambda: LlamaServer(llama_server(), gguf_peer(shape or name, checkpoint).path), say)
+    say(f"{name}: onnxruntime-genai")
+    ogenai = attempt(lambda: _ogenai(shape or name, checkpoint), say)
+    return DecisionContenders(name, checkpoint, load_decision_task(folder), ours, ours_int4, llama, ogenai)
+
+
+def make_own_bundles(
+    name: str, shape: str | None, say: Say
+) -> tuple[Path, Path, OurBundle | Missing, OurBundle | Missing]:
+    """Checkpoint, task folder, and our bundles of them in four and in eight bits (as `make_decision_contenders`)."""
     if shape is None:
         checkpoint, folder = REFERENCE / "checkpoint", REFERENCE / "task"
         ours_int4: OurBundle | Missing = OurBundle(REFERENCE / "bundle", None)
@@ -98,11 +110,7 @@ def make_decision_contenders(name: str, shape: str | None, say: Say) -> Decision
     say(f"{name}: bundle in eight bits")
     head = [] if shape is None else head_of(shape, checkpoint)
     ours = attempt(lambda: decision_bundle(shape or name, checkpoint, folder, "int8", head), say)
-    say(f"{name}: llama-server (compiled once, some minutes)")
-    llama = attempt(lambda: LlamaServer(llama_server(), gguf_peer(shape or name, checkpoint).path), say)
-    say(f"{name}: onnxruntime-genai")
-    ogenai = attempt(lambda: _ogenai(shape or name, checkpoint), say)
-    return DecisionContenders(name, checkpoint, load_decision_task(folder), ours, ours_int4, llama, ogenai)
+    return checkpoint, folder, ours_int4, ours
 
 
 def head_of(shape: str, checkpoint: Path) -> list[str | Path]:

@@ -1,0 +1,200 @@
+"""What each lever of the engine is worth: the same events with one lever more in each row.
+
+    python -m tests.bench.levers                          # the 135M shape
+    python -m tests.bench.levers --model reference --write    # rewrites its tables in docs/why-it-is-fast.md
+
+All forms live in one process and take turns event by event, so that a machine whose speed drifts slows all of them
+alike; figures are medians over the events. Two streams: held-out events (every one of another machine), and a simulated
+plant of nine machines, whose events begin alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+# Before onnxruntime is imported: its official Linux wheels report usage over the network by default.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import numpy.typing as npt
+
+from deploy.demo.events import EventStream
+from edge_agent.contract.event import Event
+from edge_agent.errors import EdgeError
+from edge_agent.runtime.bundle import VerifiedBundle, load_trusted_keys, open_signed_bundle
+from edge_agent.runtime.decoder import decode
+from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.speed import PLAIN, Speed
+from tests.bench.attempts import Missing
+from tests.bench.cache import ROOT
+from tests.bench.decision_contenders import OurBundle, make_own_bundles
+from tests.bench.decision_model import MODELS
+from tests.bench.made import HELDOUT
+
+PAGE = ROOT / "docs" / "why-it-is-fast.md"
+DEADLINE_S = 600.0
+BACKLOG = 8
+Stream = Sequence[Event]
+Answer = Callable[[Stream], None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of the table.
+
+    Args:
+        name: what it adds to the row above.
+        answer: decides events.
+        at_once: how many events it is given at a time.
+    """
+
+    name: str
+    answer: Answer
+    at_once: int = 1
+
+
+class OneByOne:
+    """A cache that takes an answer's tokens one a pass, as plain generation does.
+
+    Args:
+        cache: holds the prefix.
+        prompt_tokens: of the event, which is read in one pass.
+    """
+
+    def __init__(self, cache: KvCache, prompt_tokens: int) -> None:
+        self._cache = cache
+        self._whole = prompt_tokens
+
+    def forward(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Scores after the last of ``tokens``, float32 (rows,)."""
+        first, self._whole = self._whole, 0
+        parts = [tokens[:first], *([token] for token in tokens[first:])] if first else [[token] for token in tokens]
+        for part in parts[:-1]:
+            self._cache.append(part)
+        return self._cache.forward(parts[-1])
+
+
+def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[Form]:
+    """The rows, from no lever to all of them."""
+    task = four.manifest.tasks[0]
+
+    def one_by_one(engine: Engine, *, keeps_prefix: bool) -> Answer:
+        prepared, prefix = engine.prepared(task), engine.encode_prefix(task)
+
+        def answer(events: Stream) -> None:
+            cache = prepared.cache
+            assert isinstance(cache, KvCache)
+            for event in events:
+                cache.rewind(len(prefix) if keeps_prefix else 0)
+                if not keeps_prefix:
+                    cache.forward(prefix)
+                ids = engine.encode_event(task, event)
+                decode(OneByOne(cache, len(ids)), prepared.plan, ids, {}, time.monotonic() + DEADLINE_S)
+
+        return answer
+
+    def fully(engine: Engine) -> Answer:
+        def answer(events: Stream) -> None:
+            for found in engine.decide_many(task, events, deadline_s=DEADLINE_S):
+                if isinstance(found, EdgeError):
+                    raise found
+
+        return answer
+
+    plain = Engine(four, threads, PLAIN)
+    events = Speed(drafts=False, together=1)
+    everything = Speed(together=1)
+    return [
+        Form("the whole prompt each time, a token a pass", one_by_one(plain, keeps_prefix=False)),
+        Form("+ the prefix is kept", one_by_one(plain, keeps_prefix=True)),
+        Form("+ forced tokens ride along", fully(plain)),
+        Form("+ eight bits by rows", fully(Engine(eight, threads, PLAIN))),
+        Form("+ what events begin with is kept", fully(Engine(eight, threads, events))),
+        Form("+ probable answers are checked in one pass", fully(Engine(eight, threads, everything))),
+        Form("+ waiting events share passes", fully(Engine(eight, threads, Speed())), BACKLOG),
+    ]
+
+
+def measure(rows: Sequence[Form], events: Stream) -> list[list[float]]:
+    """Time of a decision, ms, of each form for each group of `BACKLOG` events; the first group is not counted."""
+    taken_ms: list[list[float]] = [[] for _ in rows]
+    for first in range(0, len(events), BACKLOG):
+        group = events[first : first + BACKLOG]
+        for row, form in zip(taken_ms, rows, strict=True):
+            began_s = time.perf_counter()
+            for at in range(0, len(group), form.at_once):
+                form.answer(group[at : at + form.at_once])
+            if first:
+                row.append((time.perf_counter() - began_s) * 1000 / len(group))
+    return taken_ms
+
+
+def table(rows: Sequence[Form], taken_ms: Sequence[Sequence[float]]) -> list[str]:
+    """As Markdown: time, what the row's lever gained, and what all so far gained."""
+    lines = ["| | a decision | this lever | all so far |", "|---|---|---|---|"]
+    before: Sequence[float] | None = None
+    for form, taken in zip(rows, taken_ms, strict=True):
+        gained = median(b / a for a, b in zip(taken, before or taken, strict=True))
+        total = median(b / a for a, b in zip(taken, taken_ms[0], strict=True))
+        lines.append(f"| {form.name} | {median(taken):.1f} ms | {gained:.2f}x | {total:.2f}x |")
+        before = taken
+    return lines
+
+
+def streams(count: int) -> dict[str, Stream]:
+    """Held-out events, and a plant's."""
+    lines = itertools.islice(HELDOUT.read_text("utf-8").splitlines(), count)
+    plant = EventStream(seed=7)
+    return {
+        "held-out events": [json.loads(line)["event"] for line in lines],
+        "a plant's events": [plant.next("steady") for _ in range(count)],
+    }
+
+
+def opened(bundle: OurBundle | Missing) -> VerifiedBundle:
+    """The bundle, verified.
+
+    Raises:
+        SystemExit: it could not be made.
+    """
+    if isinstance(bundle, Missing):
+        raise SystemExit(bundle.why)
+    return open_signed_bundle(bundle.path, load_trusted_keys([bundle.signer] if bundle.signer else []))
+
+
+def rewrite(page: Path, mark: str, lines: Sequence[str]) -> None:
+    """Put lines between ``<!-- measured: mark -->`` and ``<!-- end -->``."""
+    before, _, rest = page.read_text("utf-8").partition(f"<!-- measured: {mark} -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    page.write_text("\n".join([f"{before}<!-- measured: {mark} -->", *lines, f"<!-- end -->{after}"]), "utf-8")
+
+
+def main() -> int:
+    """Command line (see the module's docstring)."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.levers", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--events", type=int, default=72)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="rewrite the table in docs/why-it-is-fast.md")
+    options = parser.parse_args()
+    _, _, four, eight = make_own_bundles(options.model, MODELS[options.model], print)
+    rows = forms(opened(four), opened(eight), options.threads)
+    for name, events in streams(options.events).items():
+        lines = table(rows, measure(rows, events))
+        print("\n".join([name, *lines]))
+        if options.write:
+            rewrite(PAGE, f"{options.model}, {name}", lines)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
