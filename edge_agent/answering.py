@@ -31,6 +31,7 @@ _log = get_logger(__name__)
 _MODEL_AREAS = ("worker.", "bundle.")
 # The worker was lost over this very event; anything else that is transient is not the event's doing.
 _LOST_WORKER = LAST_FAULTS | {"worker.died", "worker.stuck", "worker.protocol"}
+_LATE = "worker.deadline"
 # No worker has seen the event.
 _NOT_READY = "worker.not_ready"
 # How long an event that a candidate could not answer stands aside before the candidate sees it again.
@@ -124,7 +125,7 @@ class Answering:
         self._on_probation = on_probation
         self._clock = clock
         self._batch_size = BatchSize()
-        self._alone: set[int] = set()  # inbox ids; a worker was lost over one of them, nobody knows which
+        self._alone: set[int] = set()  # inbox ids of events that were late in company
         self._found: deque[tuple[InboxEvent, _Outcome]] = deque()
         self._escalation = escalation
         self._aside: dict[int, float] = {}  # inbox id -> when it comes back
@@ -228,17 +229,23 @@ class Answering:
         except EdgeError as error:
             if error.code == _NOT_READY:
                 return [(row, error) for row in rows]
+            # Any of them may be to blame. An event that cost a worker is tried alone, and then it shows which it was.
             for row in rows:
-                self._spool.release(row.inbox_id)
-            # Any of them may be to blame, so none is: each is tried by itself.
-            self._alone.update(row.inbox_id for row in rows)
+                self._spool.worker_died(row.inbox_id, error)
             _log.error("worker_lost", events=len(rows), buried=False, error=error)
             return []
         self._batch_size.learn(len(rows), self._clock() - began_s)
-        return [
-            (row, one if isinstance(one, EdgeError) else _decided(row, one, model, task))
-            for row, one in zip(rows, answers, strict=True)
-        ]
+        found: list[tuple[InboxEvent, _Outcome]] = []
+        for row, one in zip(rows, answers, strict=True):
+            if not isinstance(one, EdgeError):
+                found.append((row, _decided(row, one, model, task)))
+            elif one.code == _LATE:
+                # Another may have used up the time of all: it gets its own.
+                self._alone.add(row.inbox_id)
+                self._spool.release(row.inbox_id)
+            else:
+                found.append((row, one))
+        return found
 
     def _publish(self, row: InboxEvent, decision: Decision, task: TaskSpec, is_worth_asking: bool) -> Step:  # noqa: FBT001
         # Kept until it is written: on a full disk the same decision is tried again, and nothing is inferred anew.

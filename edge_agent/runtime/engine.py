@@ -237,7 +237,7 @@ class Engine:
         else:
             cache.write(0, 0, state)
             cache.length = len(prefix)
-        cache.spread(len(prefix))
+        cache.share(len(prefix))
 
     def _new_cache(self, task: str, capacity_tokens: int) -> KvCache | StaticCache:
         if isinstance(self._session, StaticSession):  # has no adapters: the manifest could not say so

@@ -10,7 +10,10 @@ continue together share a pass, each by its own number of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -116,6 +119,8 @@ class KvCache:
         spec, session, head_rows = graphs.spec, graphs.decoder, graphs.head_rows
         self.capacity_tokens = capacity_tokens
         self.rows = rows
+        self._shared_tokens = 0
+        self._shared_rows = 1
         self.length = 0
         self.passes = 0
         self.scores_many = bool(spec.score_at)
@@ -127,15 +132,14 @@ class KvCache:
         device = CACHE_DEVICES.get(session.get_providers()[0], "cpu")
         shape = (2 * spec.num_layers, rows, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
-            # Pages of rows and positions that are never used are never touched, and cost nothing.
-            self._kv: KvSegment = np.zeros(shape, KV_DTYPES[spec.kv_dtype])
+            self._kv: KvSegment = _untouched(shape, KV_DTYPES[spec.kv_dtype])
             self._ids = np.zeros((rows, capacity_tokens), np.int64)
             self._mask = np.zeros((rows, capacity_tokens), np.int64)
             self._counts = np.zeros(rows, np.int32)  # (rows,): real tokens of each row of the pass
             self._score_at = np.zeros((scores, 2), np.int64)
             self._head = Head(graphs, scores) if graphs.head is not None else None
             self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:  # OSError: of the mapping
             raise PermanentError(
                 "worker.out_of_memory", f"no memory for a cache of {rows} x {capacity_tokens} tokens"
             ) from error
@@ -193,6 +197,7 @@ class KvCache:
             PermanentError: as `forward`.
         """
         longest = max(len(one.tokens) for one in passes)
+        self._reach(passes[-1].row)
         for one in passes:
             # The kernel may write a row's padding, too: it must fall inside the row.
             self._check_fit(one.past, longest)
@@ -238,10 +243,17 @@ class KvCache:
         """Put positions back that `read` took."""
         self._kv[:, row, :, start : start + segment.shape[2]] = segment
 
-    def spread(self, length: int) -> None:
-        """Copy the first ``length`` positions of row 0 to every other row."""
-        for row in range(1, self.rows):
-            self.write(row, 0, self._kv[:, 0, :, :length])
+    def share(self, length: int) -> None:
+        """Let every row begin with the first ``length`` positions of row 0, which stay as they are from now on."""
+        self._shared_tokens = length
+        self._shared_rows = 1
+
+    def _reach(self, row: int) -> None:
+        """Bring the shared beginning into every row up to ``row``: not before it is used, for it takes memory."""
+        while self._shared_rows <= row:
+            beginning = self._kv[:, 0, :, : self._shared_tokens]
+            self._kv[:, self._shared_rows, :, : self._shared_tokens] = beginning
+            self._shared_rows += 1
 
     def _append(self, tokens: Sequence[int]) -> None:
         count, total = len(tokens), self.length + len(tokens)
@@ -293,6 +305,15 @@ class KvCache:
             bind(binding, "input", "query_seqlens", self._counts, (count,))
         self._bindings[first, count] = binding
         return binding
+
+
+def _untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> KvSegment:
+    """Zeros of which only what is written takes memory: rows and positions that are never used cost nothing."""
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    # Pages of 2 MB would bring in a whole layer of every row with the first position that is written.
+    with contextlib.suppress(OSError):  # a kernel without such pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def bind(

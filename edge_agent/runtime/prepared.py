@@ -107,7 +107,7 @@ class PreparedTask:
         self.cache.rewind(0)
         self.cache.forward(self.prefix)
         if isinstance(self.cache, KvCache):
-            self.cache.spread(self.prefix_tokens)
+            self.cache.share(self.prefix_tokens)
 
     def _decode_in_lanes(self, cache: KvCache, questions: Sequence[Question]) -> list[Decoded | EdgeError]:
         start, temperatures = self.prefix_tokens, self.calibration.temperatures

@@ -191,7 +191,9 @@ def test_the_state_on_disk_is_what_a_restart_uses(opened: Callable[[Speed], Engi
 
 
 def test_rows_of_a_batch_hold_the_same_prefix(opened: Callable[[Speed], Engine]) -> None:
-    cache = opened(Speed(together=3)).prepared("triage").cache
+    engine = opened(Speed(together=3))
+    decided(engine, some_events(3))
+    cache = engine.prepared("triage").cache
     assert isinstance(cache, KvCache)
     states = [cache.read(row, 0, cache.length) for row in range(3)]
     assert all(np.array_equal(states[0], other) for other in states[1:])

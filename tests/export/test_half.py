@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.manifest import MANIFEST_NAME, ModelSpec, read_manifest
 from edge_agent.errors import EdgeError
 from export.boards import load_boards
+from export.build import Workplace, build
 from export.bundle import list_files
 from export.checkpoint.source import open_checkpoint
 from export.graphs.graph import build_fp32, load_graph, save_graph
@@ -23,18 +25,18 @@ from export.graphs.half import HEADROOM, LARGEST_HALF, check_headroom, peak_acti
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
 from export.graphs.ragged import add_ragged
 from export.graphs.split_head import split_head
-from export.progress import QuietProgress
+from export.progress import LineProgress, QuietProgress
 from export.proof.evidence import check_agreement, verification
 from export.proof.greedy import StepModel
 from export.proof.testimony import prove_golden, prove_on_cpu, this_interpreter
 from export.quantisation.quantize import QuantSettings, quantize_int4
+from export.reference.bundle_build import reference_request
 from export.request import GraphOptions, Identity
 from export.stages.fuse import fp32_spec
 from export.stages.witnesses import Elsewhere, gather_evidence
 from tests.export.conftest import TASK, Build
 from tests.export.test_parity import TESTED, make_checkpoint
 
-REFERENCE = Path(__file__).resolve().parents[2] / "export/reference/bundle"
 JETSON = load_boards()["cuda-jetson"]
 CONTEXT = 128
 IDS = [3, 141, 59, 265, 358, 979, 32, 384]
@@ -62,7 +64,9 @@ def halved(spec: ModelSpec) -> ModelSpec:
 @pytest.fixture
 def jetson_bundle(tmp_path: Path) -> Path:
     """The reference bundle with float16 activations, for a Jetson."""
-    bundle = Path(shutil.copytree(REFERENCE, tmp_path / "jetson"))
+    bundle = tmp_path / "jetson"
+    request = replace(reference_request(), graph=GraphOptions(together=False))
+    build(request, bundle, generate_key(), Workplace(LineProgress()))
     manifest, _ = read_manifest(bundle)
     model = load_graph(bundle / manifest.model.decoder)
     to_half(model)

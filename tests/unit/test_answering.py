@@ -63,6 +63,8 @@ class ScriptedWorker:
 
     def decide_many(self, task: str, events: Sequence[Event], deadline_s: float) -> list[Answer | EdgeError]:
         self._bench.batches.append(len(events))
+        if self._bench.late_together:
+            return [PermanentError("worker.deadline", "too slow") for _ in events]
         found: list[Answer | EdgeError] = []
         for event in events:
             try:
@@ -113,6 +115,7 @@ class Bench:
         self.poison_fault: EdgeError | None = None
         self.asked = 0
         self.together = 4
+        self.late_together = False
         self.batches: list[int] = []
         self.now_s = 0.0
         self.unproven = False
@@ -306,6 +309,15 @@ def test_only_the_event_over_which_the_worker_dies_again_alone_is_buried(bench: 
     (letter,) = bench.spool.dead_letters()
     assert (letter.event_id, letter.code) == ("f-1", "event.poison")
     assert bench.batches == [4], "each is tried alone then"
+
+
+def test_an_event_that_was_late_in_company_gets_its_own_time(bench: Bench) -> None:
+    bench.late_together = True
+    flood(bench, "hot", "hot", "hot")
+    while bench.waiting():
+        bench.step()
+    assert bench.decided() == ["e-1", "f-0", "f-1", "f-2"]
+    assert (bench.batches, bench.spool.dead_letters()) == ([3], [])
 
 
 def test_an_event_that_is_no_json_is_buried_and_its_company_is_answered(bench: Bench) -> None:
