@@ -175,6 +175,12 @@ class Turns:
     failed: dict[str, str]
 
 
+def fault_line(words: str) -> str:
+    """The line that names the fault: the first that speaks of an error, else the last."""
+    lines = words.strip().splitlines()
+    return next((line for line in lines if "Error: " in line), lines[-1])
+
+
 def take_turns(
     engines: Mapping[str, Callable[[], EngineRun]], rounds: int, check: Callable[[EngineRun], None]
 ) -> Turns:
@@ -192,7 +198,7 @@ def take_turns(
                 run = engines[name]()
                 check(run)
             except CommandFailedError as error:
-                turns.failed[name] = str(error).strip().rpartition("\n")[2]
+                turns.failed[name] = fault_line(str(error))
                 del turns.runs[name]
             else:
                 turns.runs[name].append(run)
