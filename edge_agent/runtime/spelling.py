@@ -34,7 +34,7 @@ class ByteSpelling:
         plain = {token: number for token, number in vocabulary.items() if number not in control}
         self._bytes: dict[int, bytes]
         if _has_step(spec, "ByteLevel"):
-            alphabet = _byte_level_alphabet()
+            alphabet = byte_level_alphabet()
             self._bytes = {
                 number: bytes(alphabet[character] for character in token)
                 for token, number in plain.items()
@@ -91,7 +91,7 @@ def _has_step(spec: dict[str, Any], kind: str) -> bool:
     return False
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The character that byte-level BPE writes for each byte.
 
     Source: GPT-2's ``bytes_to_unicode``: printable Latin-1 as itself, the rest from U+0100 on, in order.

@@ -145,6 +145,7 @@ def run_program(command: Sequence[str | Path], environment: Mapping[str, str]) -
         CommandFailedError: it ended with another status than 0, or not at all.
     """
     words = [str(part) for part in command]
+    name = Path(words[1]).name
     try:
         done = subprocess.run(
             [*words, "--spawned-at", repr(time.monotonic())],
@@ -156,9 +157,9 @@ def run_program(command: Sequence[str | Path], environment: Mapping[str, str]) -
             timeout=_RUN_LIMIT_S,
         )
     except subprocess.TimeoutExpired as error:
-        raise CommandFailedError(f"{words[1]} took more than {_RUN_LIMIT_S:g} s") from error
+        raise CommandFailedError(f"{name} took more than {_RUN_LIMIT_S:g} s") from error
     if done.returncode != 0:
-        raise CommandFailedError(f"{words[1]} ended with {done.returncode}: {done.stderr[-_TAIL_CHARS:].strip()}")
+        raise CommandFailedError(f"{name} ended with {done.returncode}: {done.stderr[-_TAIL_CHARS:].strip()}")
     return parse_run(done.stdout)
 
 
@@ -173,6 +174,12 @@ class Turns:
 
     runs: dict[str, list[EngineRun]]
     failed: dict[str, str]
+
+
+def fault_line(words: str) -> str:
+    """The line that names the fault: the first that speaks of an error, else the last."""
+    lines = words.strip().splitlines()
+    return next((line for line in lines if "Error: " in line), lines[-1])
 
 
 def take_turns(
@@ -192,7 +199,7 @@ def take_turns(
                 run = engines[name]()
                 check(run)
             except CommandFailedError as error:
-                turns.failed[name] = str(error).strip().rpartition("\n")[2]
+                turns.failed[name] = fault_line(str(error))
                 del turns.runs[name]
             else:
                 turns.runs[name].append(run)

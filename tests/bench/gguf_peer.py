@@ -24,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
+from edge_agent.runtime.spelling import byte_level_alphabet
+
 Floats = npt.NDArray[np.float32]
 
 EMBEDDING = "token_embd.weight"
@@ -33,6 +35,7 @@ TYPES = {
 }
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 _SUPER_BLOCK = 256
+_BYTES = {character: bytes([byte]) for character, byte in byte_level_alphabet().items()}
 _ZERO_BYTE = "\u0100"
 """As byte-level BPE writes it."""
 
@@ -141,9 +144,22 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: d
 def _token_type(token: str, *, known: bool, special: bool) -> gguf.TokenType:
     if special:
         return gguf.TokenType.CONTROL
-    # llama.cpp's grammar reads a token's text up to its first zero byte, so it would let such a token stand for less
-    # than it is, and the answer would hold zero bytes. No text has them; only a synthetic vocabulary has many.
-    return gguf.TokenType.NORMAL if known and _ZERO_BYTE not in token else gguf.TokenType.UNUSED
+    return gguf.TokenType.NORMAL if known and is_text(token) else gguf.TokenType.UNUSED
+
+
+def is_text(token: str) -> bool:
+    """Whether llama.cpp's grammar reads a token as what it is: one byte, or UTF-8 without a zero byte.
+
+    It takes a token for its text up to the first zero byte, and stumbles over broken UTF-8. No text has such tokens;
+    a synthetic vocabulary has thousands, and random weights choose them.
+    """
+    if len(token) == 1:
+        return token != _ZERO_BYTE
+    text = b"".join(_BYTES.get(character, character.encode()) for character in token)
+    try:
+        return "\0" not in text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
 
 
 def _tensors(checkpoint: Path, config: dict[str, Any], architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, Floats]]:

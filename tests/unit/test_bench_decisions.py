@@ -33,7 +33,17 @@ from tests.bench.decision_ratios import (
     token_ms,
     without_grammar_ratio,
 )
-from tests.bench.decision_runs import Answered, Backlog, EngineRun, Job, Turns, parse_run, run_program, take_turns
+from tests.bench.decision_runs import (
+    Answered,
+    Backlog,
+    EngineRun,
+    Job,
+    Turns,
+    fault_line,
+    parse_run,
+    run_program,
+    take_turns,
+)
 from tests.bench.decision_task import INSTRUCTION, MAX_PROMPT_TOKENS, Prompt, with_long_prefix
 from tests.bench.decisions_page import FIGURES, PAGE, as_json, committed_decisions, machine, write_page
 from tests.bench.figures import Figure, Target, fallen_back
@@ -203,6 +213,11 @@ def test_an_engine_that_fails_leaves_the_others_their_turns() -> None:
     assert order == ["fails", "works", "works"]
     assert found.failed == {"fails": "out of memory"}
     assert found.runs == {"works": [OUR_RUN, OUR_RUN]}
+
+
+def test_a_fault_is_named_by_its_own_line_and_not_by_what_is_dumped_after_it() -> None:
+    assert fault_line("Traceback\nRuntimeError: no token\n<state>\n</state>") == "RuntimeError: no token"
+    assert fault_line("loading\nout of memory\n") == "out of memory"
 
 
 def test_a_run_that_fails_its_check_is_no_run() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.bench.gguf_peer import GgufFile, default_mix_bytes, interleave_rotary, write_gguf
+from tests.bench.gguf_peer import GgufFile, default_mix_bytes, interleave_rotary, is_text, write_gguf
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCAB, LAYERS = 64, 2, 1, 96, 40, 2
 CONFIG: dict[str, Any] = {
@@ -124,3 +124,11 @@ def test_without_pure_the_peer_keeps_a_tied_embedding_at_more_bits(hidden: int, 
 def test_an_architecture_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gemma3_text"):
         write_gguf(checkpoint(tmp_path, model_type="gemma3_text"), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [("Ġcafe", True), ("Ã¼", True), ("Ã", True), ("eĀ", False), ("Ā", False), ("¼Ã", False), ("aÃ", False)],
+)
+def test_a_token_that_llama_cpps_grammar_would_misread_is_never_chosen(token: str, *, text: bool) -> None:
+    assert is_text(token) is text
