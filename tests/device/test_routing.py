@@ -68,7 +68,7 @@ def test_an_event_goes_to_the_specialist_that_its_category_names(
     assert answer.specialist == "fluids"
     assert answer.decision == {**before.decision, **alone.decision}
     assert answer.confidence == {**before.confidence, **alone.confidence}
-    assert answer.passes <= before.passes + alone.passes
+    assert answer.tokens_out == before.tokens_out + alone.tokens_out
     other = router.decide("triage", ELECTRICAL, deadline_s=60)
     assert other.specialist is None
     assert other.decision == engine.decide("triage", ELECTRICAL, deadline_s=60).decision
