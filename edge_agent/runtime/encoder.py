@@ -6,12 +6,11 @@ marked special before the tokenizer is built, and special tokens in text are enc
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.spelling import ByteSpelling
@@ -31,10 +30,10 @@ class TextEncoder:
 
     def __init__(self, tokenizer_file: Path, vocab_size: int) -> None:
         try:
-            spec = json.loads(tokenizer_file.read_text("utf-8"))
-            for added in spec.get("added_tokens") or []:
-                added["special"] = True
-            self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+            ordinary = [token for token in self._tokenizer.get_added_tokens_decoder().values() if not token.special]
+            # Adding a token again changes what it is, not its id.
+            self._tokenizer.add_special_tokens([AddedToken(token.content, special=True) for token in ordinary])
         except Exception as error:  # the library raises bare Exception
             raise PermanentError("bundle.unsupported", f"tokenizer cannot be read: {error}") from error
         self.vocab_size = vocab_size

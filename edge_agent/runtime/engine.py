@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_agent.contract.event import Event
@@ -54,8 +55,11 @@ class Engine:
         self._cost = PassCost()
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
-        self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
-        self._session = _open_session(bundle, self.threads)
+        # The library loads the graph without holding up the interpreter, which reads the tokenizer meanwhile.
+        with ThreadPoolExecutor(1, "load") as loading:
+            opening = loading.submit(_open_session, bundle, self.threads)
+            self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
+            self._session = opening.result()
         self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
