@@ -117,6 +117,7 @@ class Lane:
         temperatures: calibration per field.
         deadline_at_s: `time.monotonic` after which no further pass begins.
         drafts: guesses what follows; None where the model scores only the end of a pass.
+        room_tokens: that the model's memory has for prompt and answer; a draft must fit as well.
         seen: tokens of ``prompt`` that the model's memory holds already, fewer than all.
 
     Attributes:
@@ -130,9 +131,12 @@ class Lane:
         temperatures: Mapping[str, float],
         deadline_at_s: float,
         drafts: Drafts | None = None,
+        *,
+        room_tokens: int = 0,
         seen: int = 0,
     ) -> None:
         self.passes = 0
+        self._room_tokens = room_tokens
         self._prompt = list(prompt)
         self._deadline_at_s = deadline_at_s
         self._drafts = drafts
@@ -162,6 +166,8 @@ class Lane:
         draft_asks: list[int] = []
         if self._drafts is not None:
             draft, draft_asks = self._drafts.propose(known[len(self._prompt) :], self._prompt)
+            draft = draft[: max(0, self._room_tokens - len(known))]
+            draft_asks = [at for at in draft_asks if at <= len(draft)]
         last = len(known) - keep - 1
         return Ask(keep, [*known[keep:], *draft], [last, *(last + at for at in draft_asks)])
 

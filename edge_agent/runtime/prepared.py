@@ -111,10 +111,12 @@ class PreparedTask:
 
     def _decode_in_lanes(self, cache: KvCache, questions: Sequence[Question]) -> list[Decoded | EdgeError]:
         start, temperatures = self.prefix_tokens, self.calibration.temperatures
+        room_tokens = cache.capacity_tokens - start
         lanes = []
         for row, question in enumerate(questions):
             seen = self.events.restore(cache, row, start, question.prompt)
-            lanes.append(Lane(self.plan, question.prompt, temperatures, question.deadline_at_s, self.drafts, seen))
+            given = (question.prompt, temperatures, question.deadline_at_s, self.drafts)
+            lanes.append(Lane(self.plan, *given, room_tokens=room_tokens, seen=seen))
         faults = run_lanes(cache, start, lanes, self.cost)
         found: list[Decoded | EdgeError] = []
         for row, (question, lane, fault) in enumerate(zip(questions, lanes, faults, strict=True)):

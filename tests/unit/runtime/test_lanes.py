@@ -130,7 +130,7 @@ def test_neither_drafts_nor_company_nor_a_restored_beginning_change_an_answer(
         seen = seed % len(text)
         cache.put(row, text[:seen])
         drafts: Drafts | None = WildDrafts(seed + row, answer.tokens) if wild else None
-        lanes.append(Lane(plan, text, {}, FAR, drafts, seen))
+        lanes.append(Lane(plan, text, {}, FAR, drafts, room_tokens=CAPACITY - START, seen=seen))
     assert run_lanes(cache, START, lanes, PassCost()) == [None] * len(texts)  # type: ignore[arg-type]
     assert [essence(lane.decoded) for lane in lanes] == [essence(answer) for answer in expected]
 
@@ -140,10 +140,21 @@ def test_a_right_guess_is_checked_in_one_pass(plan: AnswerPlan) -> None:
     expected = plainly(plan, prompt, 3)
     for _ in range(9):
         drafts.learn(expected.tokens, expected.asked)
-    lane = Lane(plan, prompt, {}, FAR, drafts)
+    lane = Lane(plan, prompt, {}, FAR, drafts, room_tokens=CAPACITY - START)
     run_lanes(HashRows(1, 3), START, [lane], PassCost())  # type: ignore[arg-type]
     assert essence(lane.decoded) == essence(expected)
     assert lane.passes == 1 < expected.passes
+
+
+def test_a_guess_that_the_memory_has_no_room_for_is_cut_to_what_fits(plan: AnswerPlan) -> None:
+    prompt = [7, 8, 9]
+    expected = plainly(plan, prompt, 3)
+    for room_tokens in range(len(prompt) + len(plan.opening), len(prompt) + len(expected.tokens) + 9, 3):
+        drafts = WildDrafts(room_tokens, expected.tokens)
+        lane = Lane(plan, prompt, {}, FAR, drafts, room_tokens=room_tokens)
+        asked = lane.ask()
+        assert asked.keep + len(asked.tokens) <= room_tokens
+        assert max(asked.score_at) < len(asked.tokens)
 
 
 def test_short_passes_are_shared(plan: AnswerPlan) -> None:
