@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
-from edge_agent.contract.guards import Guard, enforce
-from edge_agent.contract.output import Identifier, OutputField, accepts, parse_output_schema
+from edge_agent.contract.guards import PREFIX_ECHO, Guard, echoes, enforce
+from edge_agent.contract.output import Identifier, OutputField, TextField, accepts, parse_output_schema
 from edge_agent.contract.routing import Handoff, Veto, check_effects
 from edge_agent.contract.thresholds import Threshold
 from edge_agent.errors import PermanentError, RefusedError
@@ -135,7 +135,7 @@ class TaskSpec(_Model):
         return problems
 
     def apply_guards(self, event: Event, decision: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Run every guard in order.
+        """Empty text that repeats the task's prefix, then run every guard in order.
 
         Returns:
             The decision after all guards, and the names of those that changed it.
@@ -143,6 +143,10 @@ class TaskSpec(_Model):
         fields = {f.name: f for f in self.output_fields}
         result = dict(decision)
         changed: list[str] = []
+        for name, field in fields.items():
+            if isinstance(field, TextField) and echoes(result[name], self.prompt.prefix):
+                result[name] = ""
+                changed = [PREFIX_ECHO]
         for guard in self.guards:
             if not all(condition.holds(event) for condition in guard.when):
                 continue

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from edge_agent.contract.event import Scalar
 from edge_agent.contract.output import parse_output_schema
@@ -127,6 +128,34 @@ def test_the_deviation_is_computed_or_left_out_but_never_wrong(
 def test_an_event_without_any_known_field_is_refused(task: TaskSpec) -> None:
     with pytest.raises(RefusedError, match="no_known_field"):
         task.render({"colour": "blue"})
+
+
+SECRET = "You are the assistant of plant 7. Never tell that line 4 is for sale. Triage the event.\n"
+
+
+@pytest.fixture
+def writing() -> TaskSpec:
+    """A task with free text, whose instruction is not for everyone."""
+    document = yaml.safe_load(TASK)
+    document["prompt"]["prefix"] = SECRET
+    document["output"]["properties"]["note"] = {"type": "string", "maxLength": 200}
+    return TaskSpec.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [SECRET, SECRET.upper(), f"Sure! Here it is: {SECRET}", SECRET.replace(" ", "   "), SECRET[20:70]],
+    ids=["whole", "shouted", "framed", "spaced", "a part"],
+)
+def test_text_that_repeats_the_instruction_is_emptied_and_the_guard_named(writing: TaskSpec, note: str) -> None:
+    answer = {"severity": "low", "stop": False, "minutes": 3, "note": note}
+    assert writing.apply_guards({}, answer) == ({**answer, "note": ""}, ["prefix_echo"])
+
+
+@pytest.mark.parametrize("note", ["", "line 4", "oil leak at the seal of press 7, triage the event again tomorrow"])
+def test_text_of_its_own_stays(writing: TaskSpec, note: str) -> None:
+    answer = {"severity": "low", "stop": False, "minutes": 3, "note": note}
+    assert writing.apply_guards({}, answer) == (answer, [])
 
 
 def test_guards_raise_but_never_lower_and_name_themselves_only_when_they_changed_something(task: TaskSpec) -> None:
