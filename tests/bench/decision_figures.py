@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Path(arguments.json).write_text(as_json(figures, found_machine), "utf-8")
     fallen = fallen_back(committed_decisions(), figures)
     if arguments.write_docs:
-        write_page(figures, found_machine)
+        write_page(figures, found_machine, sys.argv[1:] if argv is None else argv)
     for sentence in fallen:
         print(f"fallen back: {sentence}", file=sys.stderr)
     return 1 if fallen else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,17 +59,21 @@ def committed_decisions(path: Path = DOCS / FIGURES) -> dict[str, Any]:
     return found
 
 
-def write_page(figures: Sequence[Figure], found_machine: dict[str, Any], docs: Path = DOCS) -> None:
+def write_page(
+    figures: Sequence[Figure], found_machine: dict[str, Any], arguments: Sequence[str], docs: Path = DOCS
+) -> None:
     """Write both files anew.
 
     Args:
         figures: of this run.
         found_machine: as `machine` saw it before the run.
+        arguments: of the program, so that the page says how it was made.
         docs: the folder of both.
     """
     aimed, others = [f for f in figures if f.target], [f for f in figures if not f.target]
     template = Template(_TEMPLATE.read_text("utf-8"))
     words = {
+        "arguments": shlex.join(arguments),
         "about": textwrap.fill(page.about(found_machine), _COLUMNS, break_on_hyphens=False),
         "targets": "\n".join(table(aimed)),
         "others": "\n".join(table(others)),

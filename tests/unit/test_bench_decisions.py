@@ -289,20 +289,21 @@ def test_the_file_has_a_section_a_model_with_plain_numbers() -> None:
 def test_a_ratio_of_the_committed_page_may_fall_by_fifteen_percent(
     tmp_path: Path, now: float | None, *, fell: bool
 ) -> None:
-    write_page([figure(6.5)], machine(), tmp_path)
+    write_page([figure(6.5)], machine(), ["--model", "all"], tmp_path)
     assert bool(fallen_back(committed_decisions(tmp_path / FIGURES), [figure(now)])) is fell
 
 
 def test_a_figure_that_is_absent_on_the_committed_page_cannot_fall_back(tmp_path: Path) -> None:
-    write_page([figure(None)], machine(), tmp_path)
+    write_page([figure(None)], machine(), ["--model", "all"], tmp_path)
     assert not fallen_back(committed_decisions(tmp_path / FIGURES), [figure(0.1)])
     assert committed_decisions(tmp_path / "absent.json") == {}
 
 
 def test_the_page_names_the_peers_versions(tmp_path: Path) -> None:
-    write_page([figure(6.5)], machine(), tmp_path)
+    write_page([figure(6.5)], machine(), ["--model", "all"], tmp_path)
     page = (tmp_path / PAGE).read_text()
     assert "| decisions | 6.50 x | >= 6 x | yes |" in page
     assert "onnxruntime-genai 0." in page
     assert "llama-cpp-python 0." in page
+    assert "make bench DECISIONS_ARGS='--model all'" in page
     assert "$targets" not in page
