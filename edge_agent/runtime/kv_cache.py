@@ -309,7 +309,8 @@ class KvCache:
 
 def _untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> KvSegment:
     """Zeros of which only what is written takes memory: rows and positions that are never used cost nothing."""
-    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Pages of 2 MB would bring in a whole layer of every row with the first position that is written.
     with contextlib.suppress(OSError):  # a kernel without such pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
