@@ -15,6 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -70,10 +71,14 @@ class EngineDecider:
 
     def __init__(self, bundle: Path, digest: str, threads: int, speed: Speed) -> None:
         from edge_agent.runtime.bundle import open_installed_bundle
-        from edge_agent.runtime.engine import Engine
-        from edge_agent.runtime.providers import CPU, PROVIDERS
 
-        verified = open_installed_bundle(bundle, digest)
+        # Hashing does not hold up the interpreter, which imports the inference libraries meanwhile.
+        with ThreadPoolExecutor(1, "verify") as verifying:
+            opening = verifying.submit(open_installed_bundle, bundle, digest)
+            from edge_agent.runtime.engine import Engine
+            from edge_agent.runtime.providers import CPU, PROVIDERS
+
+            verified = opening.result()
         if PROVIDERS[verified.manifest.target] == CPU:
             # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
             # reserve far more addresses than they use.
