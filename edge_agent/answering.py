@@ -133,7 +133,7 @@ class Answering:
         self._waits_for: str | None = None
 
     def step(self) -> Step:
-        """Answer at most one event.
+        """Write the answer to at most one event; others may be answered with it, and are written by the next steps.
 
         Returns:
             IDLE when the inbox is empty; BLOCKED when something that cures itself stands in the way (no model, a
@@ -227,7 +227,7 @@ class Answering:
         try:
             answers, model = self._serving.decide_many(task.name, events, task.deadline_ms / 1000)
         except EdgeError as error:
-            if error.code == _NOT_READY:
+            if error.code == _NOT_READY or self._on_probation():
                 return [(row, error) for row in rows]
             # Any of them may be to blame. An event that cost a worker is tried alone, and then it shows which it was.
             for row in rows:

@@ -311,6 +311,19 @@ def test_only_the_event_over_which_the_worker_dies_again_alone_is_buried(bench: 
     assert bench.batches == [4], "each is tried alone then"
 
 
+def test_a_candidate_that_dies_over_several_events_costs_none_of_them_an_attempt(bench: Bench) -> None:
+    bench.unproven, bench.poison_fault = True, TransientError("worker.died", "killed")
+    flood(bench, "poison", "hot", "hot")
+    for _ in range(12):
+        bench.step()
+    bench.unproven, bench.poison_fault = False, None
+    while bench.waiting():
+        bench.step()
+    assert bench.decided()[0] == "e-1"
+    assert sorted(bench.decided()[1:]) == ["f-0", "f-1", "f-2"]
+    assert bench.spool.dead_letters() == []
+
+
 def test_an_event_that_was_late_in_company_gets_its_own_time(bench: Bench) -> None:
     bench.late_together = True
     flood(bench, "hot", "hot", "hot")
