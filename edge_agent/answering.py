@@ -82,14 +82,14 @@ def decision_of(answer: Answer, task: str, event_id: str, model: ModelRef) -> De
     )
 
 
-_Outcome = tuple[Decision, TaskSpec, bool] | EdgeError
-"""What became of an event that was taken: a decision of its task and whether the device's guess is worth asking
-somebody about, or the fault that kept it from a decision."""
+_Outcome = tuple[Decision, TaskSpec | None] | EdgeError
+"""What became of an event that was taken: a decision and the task that may escalate it (None: not worth asking), or the
+fault that kept it from a decision."""
 
 
 def _decided(row: InboxEvent, answer: Answer, model: ModelRef, task: TaskSpec) -> _Outcome:
     # Below a field's lowest floor the answer is not even a hint, and no escalation is spent on it.
-    return decision_of(answer, row.task, row.event_id, model), task, not answer.hopeless_fields
+    return decision_of(answer, row.task, row.event_id, model), None if answer.hopeless_fields else task
 
 
 class Answering:
@@ -129,7 +129,7 @@ class Answering:
         self._found: deque[tuple[InboxEvent, _Outcome]] = deque()
         self._escalation = escalation
         self._aside: dict[int, float] = {}  # inbox id -> when it comes back
-        self._unwritten: tuple[InboxEvent, Decision, TaskSpec, bool] | None = None
+        self._unwritten: tuple[InboxEvent, Decision, TaskSpec | None] | None = None
         self._waits_for: str | None = None
 
     def step(self) -> Step:
@@ -247,12 +247,12 @@ class Answering:
                 found.append((row, one))
         return found
 
-    def _publish(self, row: InboxEvent, decision: Decision, task: TaskSpec, is_worth_asking: bool) -> Step:  # noqa: FBT001
+    def _publish(self, row: InboxEvent, decision: Decision, asked_by: TaskSpec | None) -> Step:
         # Kept until it is written: on a full disk the same decision is tried again, and nothing is inferred anew.
-        self._unwritten = (row, decision, task, is_worth_asking)
+        self._unwritten = (row, decision, asked_by)
         final: Decision | None = decision
-        if self._escalation is not None and is_worth_asking:
-            final = self._escalation.begin(row, decision, task)
+        if self._escalation is not None and asked_by is not None:
+            final = self._escalation.begin(row, decision, asked_by)
         if final is not None:
             message = decision_message(final, self._node.decision_topic_for(row.task), self._topics)
             if final.escalation is None:

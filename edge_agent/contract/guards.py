@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from edge_agent.contract.event import Event, Scalar
 from edge_agent.contract.output import EnumField, Identifier, IntField, OutputField
+from edge_agent.contract.strict import Strict
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Condition(_Model):
+class Condition(Strict):
     """True when the event's field matches: give exactly one of ``equals``, ``in`` or ``contains``."""
 
     event: str
@@ -38,7 +35,7 @@ class Condition(_Model):
         return value == _fold(self.equals)
 
 
-class Effect(_Model):
+class Effect(Strict):
     """What a guard enforces on one field: an exact value, or (for enums and integers) a floor."""
 
     equals: Scalar = None
@@ -51,7 +48,7 @@ class Effect(_Model):
         return self
 
 
-class Guard(_Model):
+class Guard(Strict):
     """A rule that overrides the model. Guards run last and are named in the decision when they change it."""
 
     name: Identifier

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from edge_agent.contract.strict import Strict
 from edge_agent.errors import PermanentError
 
 MAX_TEXT_CHARS = 512
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EnumField(_Model):
+class EnumField(Strict):
     """A closed choice. Order matters: guards with ``at_least`` read it as ascending."""
 
     kind: Literal["enum"] = "enum"
@@ -24,14 +21,14 @@ class EnumField(_Model):
     values: tuple[str, ...] = Field(min_length=1, max_length=256)
 
 
-class BoolField(_Model):
+class BoolField(Strict):
     """true or false."""
 
     kind: Literal["boolean"] = "boolean"
     name: Identifier
 
 
-class IntField(_Model):
+class IntField(Strict):
     """An integer in [minimum, maximum]."""
 
     kind: Literal["integer"] = "integer"
@@ -40,7 +37,7 @@ class IntField(_Model):
     maximum: int
 
 
-class TextField(_Model):
+class TextField(Strict):
     """A string of at most ``max_length`` characters."""
 
     kind: Literal["string"] = "string"

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from edge_agent.contract.guards import Effect
 from edge_agent.contract.output import EnumField, Identifier, IntField, OutputField, TextField, accepts
+from edge_agent.contract.strict import Strict
 from edge_agent.errors import PermanentError
 
 if TYPE_CHECKING:
@@ -27,18 +28,14 @@ When = Annotated[dict[Identifier, Answers], Field(min_length=1)]
 """Field to the values that match; every field must match. Text cannot be matched: it is not a choice."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Handoff(_Model):
+class Handoff(Strict):
     """Hand the event to ``to`` when the router's own answer matches."""
 
     when: When
     to: Identifier
 
 
-class Veto(_Model):
+class Veto(Strict):
     """Ask ``task`` about the event, and let its answer overrule the decision.
 
     ``then`` sets fields as guards do; ``abstain`` leaves the whole decision to somebody else. A check that is less sure
@@ -49,7 +46,7 @@ class Veto(_Model):
     task: Identifier
     when: When
     min_confidence: float = Field(default=0.0, ge=0, le=1)
-    then: dict[str, Effect] = {}
+    then: dict[str, Effect] = Field(default={})
     abstain: bool = False
 
     @model_validator(mode="after")

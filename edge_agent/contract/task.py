@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import PREFIX_ECHO, Guard, echoes, enforce
 from edge_agent.contract.output import Identifier, OutputField, TextField, accepts, parse_output_schema
 from edge_agent.contract.routing import Handoff, Veto, check_effects
+from edge_agent.contract.strict import Strict
 from edge_agent.contract.thresholds import Threshold
 from edge_agent.errors import PermanentError, RefusedError
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EventField(_Model):
+class EventField(Strict):
     """One line of the rendered event: ``label: value``."""
 
     field: str
@@ -34,7 +31,7 @@ class EventField(_Model):
     max_chars: int = Field(default=64, ge=1, le=4000)
 
 
-class Deviation(_Model):
+class Deviation(Strict):
     """A line computed on the device: by how many percent ``value`` lies beyond ``limit`` (signed, rounded).
 
     Arithmetic belongs in code: a small model reads "+35 %" far more reliably than it compares two decimals.
@@ -45,7 +42,7 @@ class Deviation(_Model):
     label: str = Field(pattern=r"^[^\s:][^\n:]{0,23}$")
 
 
-class Prompt(_Model):
+class Prompt(Strict):
     """Prefix (cached once per model), event lines ordered from stable to volatile, and the answer cue."""
 
     prefix: str = Field(min_length=1, max_length=4000)
@@ -54,21 +51,21 @@ class Prompt(_Model):
     on_overlong: Literal["truncate", "refuse"] = "truncate"
 
 
-class Limits(_Model):
+class Limits(Strict):
     """Bounds of one decision."""
 
     max_event_bytes: int = Field(default=16_384, ge=64, le=1_048_576)
     max_prompt_tokens: int = Field(default=256, ge=16, le=8192)
 
 
-class GoldenExample(_Model):
+class GoldenExample(Strict):
     """An event with the answer that every acceptable model must give."""
 
     event: dict[str, Scalar]
     decision: dict[str, Scalar]
 
 
-class TaskSpec(_Model):
+class TaskSpec(Strict):
     """One task, checked as a whole.
 
     Raises:
@@ -81,7 +78,7 @@ class TaskSpec(_Model):
     description: str = ""
     prompt: Prompt
     output: dict[str, Any]
-    thresholds: dict[str, Threshold] = {}
+    thresholds: dict[str, Threshold] = Field(default={})
     deadline_ms: int = Field(default=2000, ge=10, le=600_000)
     priority: Literal["safety", "normal", "bulk"] = "normal"
     limits: Limits = Limits()

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from edge_agent.contract.strict import Strict
 from edge_agent.errors import PermanentError
 
 ALWAYS_UNSURE = math.inf
@@ -30,11 +31,7 @@ MaxWrong = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Certainty = Annotated[float, Field(ge=0.5, lt=1, allow_inf_nan=False)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FixedFloors(_Model):
+class FixedFloors(Strict):
     """Two floors that an engineer chose."""
 
     escalate: Confidence
@@ -47,7 +44,7 @@ class FixedFloors(_Model):
         return self
 
 
-class ErrorTarget(_Model):
+class ErrorTarget(Strict):
     """At most this share of wrong values among those that are not unsure, with this certainty.
 
     Args:

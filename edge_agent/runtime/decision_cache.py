@@ -35,9 +35,6 @@ class DecisionCache:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def __contains__(self, rendered: str) -> bool:
-        return rendered in self._answers
-
     def get(self, rendered: str) -> Decoded | None:
         """The answer to a rendered event, if it is remembered."""
         found = self._answers.get(rendered)

@@ -203,7 +203,7 @@ class Engine:
 
     def encode_prefix(self, task: str) -> list[int]:
         """Token ids of a task's prefix, which every cache of the task begins with."""
-        return self._prefix(self.prepared(task).spec)
+        return list(self.prepared(task).prefix)
 
     def _prepare(self, name: str) -> PreparedTask:
         folder = self.bundle.path / "tasks" / name

@@ -11,13 +11,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from edge_agent.runtime.kv_cache import KvCache, KvSegment
+from edge_agent.runtime.kv_cache import KvSegment
 
 FEWEST_TOKENS = 4
 """Shorter beginnings are not worth a copy."""
 MAX_EVENTS = 128
 """Events whose tokens are remembered, without their keys and values: some 300 bytes a token."""
+
+
+class Positions(Protocol):
+    """Keys and values that can be taken out and put back; the real ones are those of `KvCache`."""
+
+    def read(self, row: int, start: int, end: int) -> KvSegment:
+        """As `KvCache.read`."""
+
+    def write(self, row: int, start: int, segment: KvSegment) -> None:
+        """As `KvCache.write`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +79,7 @@ class EventCache:
         self._stored: OrderedDict[_Stored, None] = OrderedDict()  # least recently used first
         self._events: OrderedDict[tuple[int, ...], None] = OrderedDict()
 
-    def restore(self, cache: KvCache, row: int, start: int, tokens: Sequence[int]) -> int:
+    def restore(self, cache: Positions, row: int, start: int, tokens: Sequence[int]) -> int:
         """Put the longest stored beginning of ``tokens`` into a row.
 
         Args:
@@ -98,7 +109,7 @@ class EventCache:
         self.hit_tokens += at - start
         return at - start
 
-    def learn(self, cache: KvCache, row: int, start: int, tokens: Sequence[int]) -> None:
+    def learn(self, cache: Positions, row: int, start: int, tokens: Sequence[int]) -> None:
         """Remember an event that a row holds, and store what it shares with an earlier one.
 
         Args:

@@ -166,7 +166,7 @@ class KvCache:
         Raises:
             PermanentError: ``worker.context`` when they do not fit, ``worker.out_of_memory``, ``worker.inference``.
         """
-        self._append(tokens)
+        self.append(tokens)
         if self._head is not None:
             self._head.score(1)
         logits: Logits = self._logits[0, 0]
@@ -181,7 +181,8 @@ class KvCache:
         Raises:
             PermanentError: as `forward`.
         """
-        self._append(tokens)
+        self._write_pass([RowPass(0, self.length, tokens, [len(tokens) - 1])])
+        self.length += len(tokens)
 
     def run(self, passes: Sequence[RowPass]) -> list[Logits]:
         """Continue neighbouring rows together.
@@ -196,28 +197,11 @@ class KvCache:
         Raises:
             PermanentError: as `forward`.
         """
-        longest = max(len(one.tokens) for one in passes)
-        self._reach(passes[-1].row)
-        for one in passes:
-            # The kernel may write a row's padding, too: it must fall inside the row.
-            self._check_fit(one.past, longest)
-        ends = [one.past + len(one.tokens) for one in passes]
-        first, count = passes[0].row, len(passes)
-        # A pass of fewer rows reads these buffers as if they were narrower: (count, longest) and (count, total).
-        ids = self._ids.reshape(-1)[: count * longest].reshape(count, longest)
-        mask = self._mask.reshape(-1)[: count * max(ends)].reshape(count, max(ends))
-        ids[:], mask[:] = 0, 0
-        places = [(row, at) for row, one in enumerate(passes) for at in one.score_at]
-        for row, one in enumerate(passes):
-            ids[row, : len(one.tokens)] = one.tokens
-            mask[row, : ends[row]] = 1
-            self._counts[row] = len(one.tokens)
-        self._score_at[: len(places)] = places
-        self._run_bound(first, count, longest, max(ends), len(places))
+        self._write_pass(passes)
+        starts = [0, *itertools.accumulate(len(one.score_at) for one in passes)]
         if self._head is not None:
-            self._head.score(len(places))
-        scores = self._logits[: len(places), 0]  # (scores, head rows)
-        starts = np.cumsum([0, *(len(one.score_at) for one in passes)])
+            self._head.score(starts[-1])
+        scores = self._logits[: starts[-1], 0]  # (scores, head rows)
         return [scores[start:end] for start, end in itertools.pairwise(starts)]
 
     @property
@@ -255,15 +239,25 @@ class KvCache:
             self._kv[:, self._shared_rows, :, : self._shared_tokens] = beginning
             self._shared_rows += 1
 
-    def _append(self, tokens: Sequence[int]) -> None:
-        count, total = len(tokens), self.length + len(tokens)
-        self._check_fit(self.length, count)
-        ids, mask = self._ids.reshape(-1), self._mask.reshape(-1)
-        ids[:count], mask[:total] = tokens, 1
-        self._counts[0] = count
-        self._score_at[0] = (0, count - 1)
-        self._run_bound(0, 1, count, total, 1)
-        self.length = total
+    def _write_pass(self, passes: Sequence[RowPass]) -> None:
+        longest = max(len(one.tokens) for one in passes)
+        self._reach(passes[-1].row)
+        for one in passes:
+            # The kernel may write a row's padding, too: it must fall inside the row.
+            self._check_fit(one.past, longest)
+        ends = [one.past + len(one.tokens) for one in passes]
+        first, count = passes[0].row, len(passes)
+        # A pass of fewer rows reads these buffers as if they were narrower: (count, longest) and (count, total).
+        ids = self._ids.reshape(-1)[: count * longest].reshape(count, longest)
+        mask = self._mask.reshape(-1)[: count * max(ends)].reshape(count, max(ends))
+        ids[:], mask[:] = 0, 0
+        places = [(row, at) for row, one in enumerate(passes) for at in one.score_at]
+        for row, one in enumerate(passes):
+            ids[row, : len(one.tokens)] = one.tokens
+            mask[row, : ends[row]] = 1
+            self._counts[row] = len(one.tokens)
+        self._score_at[: len(places)] = places
+        self._run_bound(first, count, longest, max(ends), len(places))
 
     def _check_fit(self, past: int, count: int) -> None:
         if not 0 < count <= self.capacity_tokens - past:

@@ -9,17 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.decoder import Ask, Lane
 from edge_agent.runtime.drafts import PassCost
-from edge_agent.runtime.kv_cache import MAX_SCORES, KvCache, RowPass
+from edge_agent.runtime.kv_cache import MAX_SCORES, Logits, RowPass
+
+
+class Rows(Protocol):
+    """A cache whose rows continue together; the real one is `KvCache`."""
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Most positions that a row can hold."""
+
+    def run(self, passes: Sequence[RowPass]) -> list[Logits]:
+        """As `KvCache.run`."""
+
 
 Waiting = list[tuple[int, Ask]]
 """Rows and what they need, in the order of rows."""
 
 
-def run_lanes(cache: KvCache, start: int, lanes: Sequence[Lane], cost: PassCost) -> list[EdgeError | None]:
+def run_lanes(cache: Rows, start: int, lanes: Sequence[Lane], cost: PassCost) -> list[EdgeError | None]:
     """Answer until every lane has its answer or its fault.
 
     Args:
@@ -80,7 +93,7 @@ def _waiting(lanes: Sequence[Lane], faults: list[EdgeError | None]) -> Waiting:
 
 
 def _run(
-    cache: KvCache,
+    cache: Rows,
     start: int,
     group: Waiting,
     lanes: Sequence[Lane],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,10 @@ from edge_agent.contract.manifest import read_manifest
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
 from edge_agent.settings import WorkerSettings
+from tests.fakes.brokers import BrokerProcess, mosquitto
 from tests.fakes.bundles import BundleVariant
+from tests.fakes.daemon import DECISIONS, TOPICS
+from tests.fakes.mqtt_peer import Peer
 
 COMMITTED = Path(__file__).parents[2] / "export/reference/bundle"
 
@@ -47,3 +50,18 @@ def variant(reference_bundle: Path, tmp_path: Path) -> Callable[[], BundleVarian
 @pytest.fixture
 def worker_settings() -> WorkerSettings:
     return WorkerSettings(threads=1)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    started = mosquitto(tmp_path)
+    started.start()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def peer(broker: BrokerProcess) -> Iterator[Peer]:
+    one = Peer(broker.port, DECISIONS, f"{TOPICS.base}/#")
+    yield one
+    one.close()

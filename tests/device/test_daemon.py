@@ -19,28 +19,13 @@ import pytest
 
 from edge_agent.contract.task import load_task
 from tests.fakes import damaged_graphs
-from tests.fakes.brokers import BrokerProcess, mosquitto
+from tests.fakes.brokers import BrokerProcess
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.cut_proxy import CutProxy
 from tests.fakes.daemon import DECISIONS, EVENTS, TOPICS, Daemon, decisions_of, install, reported
 from tests.fakes.mqtt_peer import Peer, wait_until
 
 pytestmark = pytest.mark.needs("mosquitto")
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
-    started = mosquitto(tmp_path)
-    started.start()
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def peer(broker: BrokerProcess) -> Iterator[Peer]:
-    one = Peer(broker.port, DECISIONS, f"{TOPICS.base}/#")
-    yield one
-    one.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from edge_agent.doctor import doctor
-from tests.fakes.brokers import BrokerProcess, mosquitto
+from tests.fakes.brokers import BrokerProcess
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.chat_server import ChatServer, Turn
 from tests.fakes.daemon import DECISIONS, EVENTS, TOPICS, Daemon, install
@@ -27,21 +27,6 @@ pytestmark = pytest.mark.needs("mosquitto")
 KEY = "sk-zq-4711-very-secret"
 LARGE = {"category": "hydraulic", "severity": "high", "action": "call", "escalate": True, "component": "pump"}
 PRIVATE = "zq-press-4711"
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
-    started = mosquitto(tmp_path)
-    started.start()
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def peer(broker: BrokerProcess) -> Iterator[Peer]:
-    one = Peer(broker.port, DECISIONS, f"{TOPICS.base}/#")
-    yield one
-    one.close()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 
+import llguidance
 import pytest
 
 from edge_agent.contract.output import BoolField, EnumField, OutputField, TextField
@@ -53,7 +54,6 @@ def test_the_expression_matches_no_space_no_other_order_and_no_other_value(other
 
 
 def test_the_grammar_engine_takes_the_expression_and_forces_all_but_the_choices() -> None:
-    llguidance = pytest.importorskip("llguidance")
     grammar = llguidance.LLMatcher.grammar_from_regex(regex(FIELDS))
     assert not llguidance.LLMatcher.validate_grammar(grammar)
 

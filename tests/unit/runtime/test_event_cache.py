@@ -36,12 +36,12 @@ class Rows:
 def answer(events: EventCache, rows: Rows, tokens: list[int], row: int = 0) -> int:
     """As an engine does; checks that the row holds what running the whole event would have left."""
     rows.kv[:, row] = -1
-    seen = events.restore(rows, row, START, tokens)  # type: ignore[arg-type]
+    seen = events.restore(rows, row, START, tokens)
     rows.run(row, tokens, seen)
     plain = Rows()
     plain.run(0, tokens)
     assert np.array_equal(rows.read(row, START, START + len(tokens)), plain.read(0, START, START + len(tokens)))
-    events.learn(rows, row, START, tokens)  # type: ignore[arg-type]
+    events.learn(rows, row, START, tokens)
     return seen
 
 

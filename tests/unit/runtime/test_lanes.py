@@ -131,7 +131,7 @@ def test_neither_drafts_nor_company_nor_a_restored_beginning_change_an_answer(
         cache.put(row, text[:seen])
         drafts: Drafts | None = WildDrafts(seed + row, answer.tokens) if wild else None
         lanes.append(Lane(plan, text, {}, FAR, drafts, room_tokens=CAPACITY - START, seen=seen))
-    assert run_lanes(cache, START, lanes, PassCost()) == [None] * len(texts)  # type: ignore[arg-type]
+    assert run_lanes(cache, START, lanes, PassCost()) == [None] * len(texts)
     assert [essence(lane.decoded) for lane in lanes] == [essence(answer) for answer in expected]
 
 
@@ -141,7 +141,7 @@ def test_a_right_guess_is_checked_in_one_pass(plan: AnswerPlan) -> None:
     for _ in range(9):
         drafts.learn(expected.tokens, expected.asked)
     lane = Lane(plan, prompt, {}, FAR, drafts, room_tokens=CAPACITY - START)
-    run_lanes(HashRows(1, 3), START, [lane], PassCost())  # type: ignore[arg-type]
+    run_lanes(HashRows(1, 3), START, [lane], PassCost())
     assert essence(lane.decoded) == essence(expected)
     assert lane.passes == 1 < expected.passes
 
@@ -160,14 +160,14 @@ def test_a_guess_that_the_memory_has_no_room_for_is_cut_to_what_fits(plan: Answe
 def test_short_passes_are_shared(plan: AnswerPlan) -> None:
     cache = HashRows(4, 1)
     lanes = [Lane(plan, [20 + row, 3, 4], {}, FAR) for row in range(4)]
-    run_lanes(cache, START, lanes, PassCost())  # type: ignore[arg-type]
+    run_lanes(cache, START, lanes, PassCost())
     assert cache.shared_passes > 0
 
 
 def test_one_event_s_fault_is_no_other_s(plan: AnswerPlan) -> None:
     texts = [[7, 8], [9, 10], [11, 12]]
     lanes = [Lane(plan, text, {}, FAR) for text in texts]
-    faults = run_lanes(HashRows(3, 5, broken_row=1), START, lanes, PassCost())  # type: ignore[arg-type]
+    faults = run_lanes(HashRows(3, 5, broken_row=1), START, lanes, PassCost())
     assert faults[1] is not None
     assert faults[1].code == "worker.bad_logits"
     assert [faults[0], faults[2]] == [None, None]
@@ -176,7 +176,7 @@ def test_one_event_s_fault_is_no_other_s(plan: AnswerPlan) -> None:
 
 def test_a_lane_past_its_deadline_ends_and_the_others_go_on(plan: AnswerPlan) -> None:
     lanes = [Lane(plan, [7, 8], {}, time.monotonic()), Lane(plan, [9, 10], {}, FAR)]
-    faults = run_lanes(HashRows(2, 5), START, lanes, PassCost())  # type: ignore[arg-type]
+    faults = run_lanes(HashRows(2, 5), START, lanes, PassCost())
     assert faults[0] is not None
     assert faults[0].code == "worker.deadline"
     assert essence(lanes[1].decoded) == essence(plainly(plan, [9, 10], 5))
@@ -185,7 +185,7 @@ def test_a_lane_past_its_deadline_ends_and_the_others_go_on(plan: AnswerPlan) ->
 def test_a_pass_that_fails_fails_every_event_in_it(plan: AnswerPlan) -> None:
     fault = PermanentError("worker.inference", "kernel")
     lanes = [Lane(plan, [7, 8], {}, FAR), Lane(plan, [9, 10], {}, FAR)]
-    assert run_lanes(HashRows(2, 5, fails=fault), START, lanes, PassCost()) == [fault, fault]  # type: ignore[arg-type]
+    assert run_lanes(HashRows(2, 5, fails=fault), START, lanes, PassCost()) == [fault, fault]
 
 
 def ask(tokens: int, keep: int = 0, scores: int = 1) -> Ask:
