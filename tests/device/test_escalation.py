@@ -106,17 +106,18 @@ def test_an_unsure_event_is_asked_about_and_its_decision_is_published_once(
 def test_a_server_that_is_not_there_costs_the_best_guess_after_the_timeout(
     tmp_path: Path, broker: BrokerProcess, peer: Peer, unsure_bundle: Callable[..., Path]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with running(tmp_path, broker, base_url=f"http://127.0.0.1:{port}/v1") as daemon:
-        install(daemon, unsure_bundle(timeout_s=2.0), peer, broker.port)
-        peer.deliver(EVENTS, an_event(1))
-        wait_until(lambda: published(peer, "e-1"), 30.0)
-        [decision] = published(peer, "e-1")
-        assert (decision["route"], decision["escalation"]["outcome"]) == ("abstained", "timed_out")
-        assert decision["unsure_fields"]
-        assert decision["decision"].keys() == LARGE.keys()
-        assert KEY not in daemon.log.read_text()
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # not listening: it refuses, and no other process can take the port
+        url = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
+        with running(tmp_path, broker, base_url=url) as daemon:
+            install(daemon, unsure_bundle(timeout_s=2.0), peer, broker.port)
+            peer.deliver(EVENTS, an_event(1))
+            wait_until(lambda: published(peer, "e-1"), 30.0)
+            [decision] = published(peer, "e-1")
+            assert (decision["route"], decision["escalation"]["outcome"]) == ("abstained", "timed_out")
+            assert decision["unsure_fields"]
+            assert decision["decision"].keys() == LARGE.keys()
+            assert KEY not in daemon.log.read_text()
 
 
 def test_a_killed_daemon_asks_again_after_its_start_and_publishes_one_decision(
