@@ -69,8 +69,8 @@ def sweep_threads(options: argparse.Namespace) -> dict[str, Any]:
         ``decisions`` of every count; ``machine`` and ``runtime``, which a choice holds for.
     """
     from edge_agent.contract.task import load_task
-    from edge_agent.runtime.bundle import load_trusted_keys, open_signed_bundle
     from edge_agent.runtime.session import resolve_threads
+    from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
     from edge_agent.runtime.thread_choice import runtime_version, this_machine
     from edge_agent.runtime.thread_sweep import Job, choose_threads, counts_for, golden_jobs, sweep, usable_cores
     from edge_agent.runtime.worker_process import WorkerProcess
@@ -150,8 +150,8 @@ def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _open_engine(options: argparse.Namespace) -> Engine:
-    from edge_agent.runtime.bundle import load_trusted_keys, open_signed_bundle
     from edge_agent.runtime.engine import Engine
+    from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 
     trusted = load_trusted_keys(options.trusted_key)
     return Engine(open_signed_bundle(options.bundle, trusted), threads=options.threads)

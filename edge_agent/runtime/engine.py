@@ -22,7 +22,7 @@ from edge_agent.runtime.grammar import compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.kv_cache import KvCache
-from edge_agent.runtime.memory import rss_bytes
+from edge_agent.runtime.memory import return_freed_memory, rss_bytes
 from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
 from edge_agent.runtime.prepared import PreparedTask, Question
 from edge_agent.runtime.prompt import EventPrompt, cut_by_template, event_prompt, rendered_event
@@ -59,6 +59,7 @@ class Engine:
         with ThreadPoolExecutor(1, "load") as loading:
             opening = loading.submit(_open_session, bundle, self.threads)
             self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
+            return_freed_memory()  # reading a tokenizer of 150,000 tokens leaves 50 MB behind
             self._session = opening.result()
         self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None

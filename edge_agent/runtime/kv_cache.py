@@ -31,6 +31,9 @@ from edge_agent.runtime.providers import CACHE_DEVICES
 KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 MAX_SCORES = 128
 """Positions that one pass can score: the choices of a few answers."""
+MAX_PASS_TOKENS = 512
+"""Tokens that one row runs in a pass; longer texts take several. It bounds what attention holds between its two
+products, heads x tokens x positions: 29 MB for 14 heads and a context of 1024."""
 
 Logits = NDArray[np.float32]
 Adapter = dict[str, Any]
@@ -181,7 +184,9 @@ class KvCache:
         Raises:
             PermanentError: as `forward`.
         """
-        self._write_pass([RowPass(0, self.length, tokens, [len(tokens) - 1])])
+        self._check_fit(self.length, len(tokens))
+        one = self._run_beginning(RowPass(0, self.length, tokens, [len(tokens) - 1]))
+        self._write_pass([one])
         self.length += len(tokens)
 
     def run(self, passes: Sequence[RowPass]) -> list[Logits]:
@@ -197,7 +202,7 @@ class KvCache:
         Raises:
             PermanentError: as `forward`.
         """
-        self._write_pass(passes)
+        self._write_pass([self._run_beginning(one) for one in passes])
         starts = [0, *itertools.accumulate(len(one.score_at) for one in passes)]
         if self._head is not None:
             self._head.score(starts[-1])
@@ -238,6 +243,14 @@ class KvCache:
             beginning = self._kv[:, 0, :, : self._shared_tokens]
             self._kv[:, self._shared_rows, :, : self._shared_tokens] = beginning
             self._shared_rows += 1
+
+    def _run_beginning(self, one: RowPass) -> RowPass:
+        """Run what is too long for one pass, up to the first score that is wanted, and return the rest."""
+        while len(one.tokens) > MAX_PASS_TOKENS and one.score_at[0] >= MAX_PASS_TOKENS:
+            beginning, rest = one.tokens[:MAX_PASS_TOKENS], one.tokens[MAX_PASS_TOKENS:]
+            self._write_pass([RowPass(one.row, one.past, beginning, [MAX_PASS_TOKENS - 1])])
+            one = RowPass(one.row, one.past + MAX_PASS_TOKENS, rest, [at - MAX_PASS_TOKENS for at in one.score_at])
+        return one
 
     def _write_pass(self, passes: Sequence[RowPass]) -> None:
         longest = max(len(one.tokens) for one in passes)

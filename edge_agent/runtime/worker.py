@@ -17,14 +17,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
-from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
 from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
 from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
 from edge_agent.runtime.speed import Speed
+
+if TYPE_CHECKING:  # what takes long to import is imported while the bundle is hashed
+    from edge_agent.runtime.answer import Answer, GoldenOutcome, WorkerFacts
+    from edge_agent.runtime.engine import Engine
 
 EXIT_LOAD_FAILED = 3
 EXIT_OUT_OF_MEMORY = 4
@@ -59,6 +62,34 @@ class Decider(Protocol):
 DeciderFactory = Callable[[Path, str, int, Speed], Decider]
 
 
+def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine:
+    """Load an installed bundle, all of it hashed first.
+
+    Args:
+        bundle: its directory.
+        digest: the digest that was verified when it was installed.
+        threads: intra-op threads, 0 = choose.
+        speed: what is done to be fast.
+
+    Raises:
+        EdgeError: as `open_installed_bundle` and `Engine`.
+    """
+    from edge_agent.runtime.bundle import open_installed_bundle
+
+    # Hashing does not hold up the interpreter, which imports the inference libraries meanwhile.
+    with ThreadPoolExecutor(1, "verify") as verifying:
+        opening = verifying.submit(open_installed_bundle, bundle, digest)
+        from edge_agent.runtime.engine import Engine
+        from edge_agent.runtime.providers import CPU, PROVIDERS
+
+        verified = opening.result()
+    if PROVIDERS[verified.manifest.target] == CPU:
+        # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
+        # reserve far more addresses than they use.
+        limit_growth(physical_bytes())
+    return Engine(verified, threads, speed)
+
+
 class EngineDecider:
     """The engine on an installed bundle.
 
@@ -70,20 +101,7 @@ class EngineDecider:
     """
 
     def __init__(self, bundle: Path, digest: str, threads: int, speed: Speed) -> None:
-        from edge_agent.runtime.bundle import open_installed_bundle
-
-        # Hashing does not hold up the interpreter, which imports the inference libraries meanwhile.
-        with ThreadPoolExecutor(1, "verify") as verifying:
-            opening = verifying.submit(open_installed_bundle, bundle, digest)
-            from edge_agent.runtime.engine import Engine
-            from edge_agent.runtime.providers import CPU, PROVIDERS
-
-            verified = opening.result()
-        if PROVIDERS[verified.manifest.target] == CPU:
-            # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
-            # reserve far more addresses than they use.
-            limit_growth(physical_bytes())
-        self._engine = Engine(verified, threads, speed)
+        self._engine = load_engine(bundle, digest, threads, speed)
 
     def facts(self) -> WorkerFacts:
         """What was loaded."""

@@ -28,8 +28,9 @@ from edge_agent.contract.manifest import MANIFEST_NAME, SIGNATURE_NAME, read_man
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_task
 from edge_agent.errors import EdgeError
 from edge_agent.fs import write_atomic
-from edge_agent.runtime.bundle import open_installed_bundle, open_signed_bundle
+from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.signed_bundle import open_signed_bundle
 from export.boards import Precision
 from export.build import Workplace, build
 from export.progress import LineProgress

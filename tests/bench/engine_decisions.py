@@ -1,8 +1,9 @@
 """Our side: a bundle in the device's own engine, in a fresh process.
 
-    python -m tests.bench.engine_decisions BUNDLE JOB.json [--signer PEM] [--prefix-dir DIR]
+    python -m tests.bench.engine_decisions BUNDLE JOB.json --digest SHA256 [--prefix-dir DIR]
 
-The bundle is verified and every file hashed, as the device does before it loads one.
+It starts as the device's worker does: every file is hashed against the digest that was verified when the bundle was
+installed, while the interpreter imports the libraries.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before onnxruntime is imported: its official Linux wheels report usage over the network by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError
-from edge_agent.runtime.answer import Answer
-from edge_agent.runtime.bundle import VerifiedBundle, load_trusted_keys, open_signed_bundle
-from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.memory import peak_rss_bytes
 from edge_agent.runtime.speed import Speed
+from edge_agent.runtime.worker import load_engine
+
+if TYPE_CHECKING:  # the worker's start is measured, and it imports these itself
+    from edge_agent.runtime.answer import Answer
+    from edge_agent.runtime.engine import Engine
 
 DEADLINE_S = 60.0
 """Far beyond any answer: what is measured is how long it takes, not whether it is late."""
@@ -47,9 +50,8 @@ def answer_backlog(engine: Engine, task: str, events: Sequence[Event]) -> list[A
     return answers
 
 
-def repeated_per_s(bundle: VerifiedBundle, threads: int, task: str, events: Sequence[Event], speed: Speed) -> float:
-    """Decisions per second, one at a time, on events that this engine has answered before."""
-    engine = Engine(bundle, threads, replace(speed, decision_cache_bytes=MEMORY_BYTES))
+def repeated_per_s(engine: Engine, task: str, events: Sequence[Event]) -> float:
+    """Decisions per second, one at a time, on events that an engine with a memory of answers has answered before."""
     for event in events:
         engine.decide(task, event, deadline_s=DEADLINE_S)
     started_s = time.monotonic()
@@ -58,14 +60,12 @@ def repeated_per_s(bundle: VerifiedBundle, threads: int, task: str, events: Sequ
     return len(events) * _REPEATS / (time.monotonic() - started_s)
 
 
-def answer_job(
-    bundle: Path, signer: Path | None, job: dict[str, Any], speed: Speed, spawned_s: float
-) -> dict[str, Any]:
+def answer_job(bundle: Path, digest: str, job: dict[str, Any], speed: Speed, spawned_s: float) -> dict[str, Any]:
     """Answer everything.
 
     Args:
         bundle: its folder.
-        signer: PEM of its signer's public key, None for one that the device trusts by itself.
+        digest: of its manifest.
         job: as `tests.bench.decision_runs.Job` writes it.
         speed: the engine's levers; answers are remembered only where repeated events are measured.
         spawned_s: `time.monotonic` when this process was started.
@@ -73,8 +73,7 @@ def answer_job(
     Returns:
         What `tests.bench.decision_runs.parse_run` reads.
     """
-    verified = open_signed_bundle(bundle, load_trusted_keys([signer] if signer else []))
-    engine = Engine(verified, job["threads"], speed)
+    engine = load_engine(bundle, digest, job["threads"], speed)
     task = job["task"]
     warm, measured, backlog = ([prompt["event"] for prompt in job[part]] for part in ("warm", "measured", "backlog"))
     engine.decide(task, warm[0], deadline_s=DEADLINE_S)
@@ -88,6 +87,7 @@ def answer_job(
     started_s = time.monotonic()
     tokens = [answer.tokens_out for answer in answer_backlog(engine, task, backlog)]
     backlog_s = time.monotonic() - started_s
+    remembering = load_engine(bundle, digest, job["threads"], replace(speed, decision_cache_bytes=MEMORY_BYTES))
     prefix = engine.encode_prefix(task)
     prompts = [prompt for part in ("warm", "measured", "backlog") for prompt in job[part]]
     return {
@@ -97,7 +97,7 @@ def answer_job(
         "answers": [_answered(answer) for answer in answers],
         "backlog": {"seconds": backlog_s, "tokens": tokens} if tokens else None,
         "prompts_differ": sum([*prefix, *engine.encode_event(task, p["event"])] != p["ids"] for p in prompts),
-        "repeats_per_s": repeated_per_s(verified, job["threads"], task, measured, speed),
+        "repeats_per_s": repeated_per_s(remembering, task, measured),
     }
 
 
@@ -118,14 +118,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine_decisions")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("job", type=Path)
-    parser.add_argument("--signer", type=Path)
+    parser.add_argument("--digest", required=True, help="of the bundle's manifest")
     parser.add_argument("--prefix-dir", type=Path, help="keep the prefixes' states there, as the device does")
     parser.add_argument("--without-drafts", action="store_true")
     parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
     arguments = parser.parse_args()
     job = json.loads(arguments.job.read_text("utf-8"))
     speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts)
-    print(json.dumps(answer_job(arguments.bundle, arguments.signer, job, speed, arguments.spawned_at)))
+    print(json.dumps(answer_job(arguments.bundle, arguments.digest, job, speed, arguments.spawned_at)))
     return 0
 
 

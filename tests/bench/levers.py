@@ -29,10 +29,11 @@ import numpy.typing as npt
 from deploy.demo.events import EventStream
 from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError
-from edge_agent.runtime.bundle import VerifiedBundle, load_trusted_keys, open_signed_bundle
+from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.decoder import decode
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.speed import PLAIN, Speed
 from tests.bench.attempts import Missing
 from tests.bench.cache import ROOT

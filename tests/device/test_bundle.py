@@ -10,8 +10,9 @@ import pytest
 
 from edge_agent.contract.dsse import generate_key, private_key_to_pem, public_key_to_pem
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError
-from edge_agent.runtime.bundle import PACKAGED_KEYS, load_trusted_keys, open_installed_bundle, open_signed_bundle
+from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.signed_bundle import PACKAGED_KEYS, load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 from tests.fakes.bundles import BundleVariant

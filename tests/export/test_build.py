@@ -16,8 +16,9 @@ import pytest
 from edge_agent.contract.dsse import MANIFEST_TYPE, load_private_key, load_public_key, open_envelope
 from edge_agent.contract.manifest import read_manifest, verify_files
 from edge_agent.errors import EdgeError
-from edge_agent.runtime.bundle import open_installed_bundle, open_signed_bundle
+from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.signed_bundle import open_signed_bundle
 from export.build import BuildResult
 from export.proof.greedy import GreedyDecoder
 from export.quantisation.quantize import QuantSettings

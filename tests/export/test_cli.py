@@ -13,7 +13,7 @@ import pytest
 
 from edge_agent.contract.dsse import generate_key, private_key_to_pem
 from edge_agent.errors import EdgeError
-from edge_agent.runtime.bundle import open_signed_bundle
+from edge_agent.runtime.signed_bundle import open_signed_bundle
 from export.__main__ import main
 from export.boards import TARGETS_DIR, buildable_board, load_boards
 from export.checkpoint.source import open_checkpoint

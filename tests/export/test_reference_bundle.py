@@ -10,8 +10,9 @@ import pytest
 
 from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.manifest import Manifest, read_manifest
-from edge_agent.runtime.bundle import PACKAGED_KEYS, VerifiedBundle, load_trusted_keys, open_signed_bundle
+from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.signed_bundle import PACKAGED_KEYS, load_trusted_keys, open_signed_bundle
 from export.build import build
 from export.bundle import tool_versions
 from export.proof.evaluate import evaluate, read_labelled, without_curves
