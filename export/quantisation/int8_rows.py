@@ -29,8 +29,12 @@ LABEL = "int8-row"
 LARGEST_CODE = 127
 LARGEST_PAIR = 128
 """255, the largest activation, times so much is below 2**15; times one more it is not."""
-_ZERO = 128
-_UNIT, _ZERO_POINT, _WEIGHT_ZERO, _LAST_AXIS = (f"int8_rows.{name}" for name in ("unit", "zero", "weight_zero", "axis"))
+_MIDDLE = 128
+_ONE, _ZERO_POINT, _WEIGHT_ZERO, _LAST_AXIS, _STEP, _STEP_DOWN, _ZERO_POINTS = (
+    f"int8_rows.{name}" for name in ("one", "zero", "weight_zero", "axis", "step", "step_down", "zeros")
+)
+_ATTENTION = "GroupQueryAttention"
+_RESIDUAL_SUMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,14 @@ def quantise_rows(model: ModelProto) -> None:
         PermanentError: ``export.graph_unexpected``.
     """
     constants: dict[str, np.ndarray] = {
-        _UNIT: np.array(1 / LARGEST_CODE, np.float32),
-        _ZERO_POINT: np.array(_ZERO, np.uint8),
+        _ONE: np.array(1, np.float32),
+        _STEP: np.array(1 / LARGEST_CODE, np.float32),
+        _STEP_DOWN: np.array(-1 / LARGEST_CODE, np.float32),
+        _ZERO_POINT: np.array(_MIDDLE, np.uint8),
         _WEIGHT_ZERO: np.array(0, np.int8),
         _LAST_AXIS: np.array([-1], np.int64),
     }
+    guarded = {matrix.multiplied for matrix in stored_matrices(model) if _hides_nan(model, matrix.multiplied)}
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
     rounded: dict[str, _Rows] = {}
     for matrix in stored_matrices(model):
@@ -94,7 +101,9 @@ def quantise_rows(model: ModelProto) -> None:
             continue
         node = next(node for node in model.graph.node if node.name == matrix.node)
         if matrix.multiplied not in rounded:
-            rounded[matrix.multiplied] = _round_rows(model, matrix.multiplied, node)
+            is_guarded = matrix.multiplied in guarded
+            is_first = not rounded
+            rounded[matrix.multiplied] = _round_rows(model, matrix, node, is_guarded=is_guarded, is_first=is_first)
         _multiply(model, node, matrix, rounded[matrix.multiplied])
     drop_unused_initializers(model)
 
@@ -107,25 +116,69 @@ class _Rows:
     scale: str
 
 
-def _round_rows(model: ModelProto, name: str, reader: NodeProto) -> _Rows:
-    """Quantise tensor ``name`` once for all who read it.
+def _round_rows(model: ModelProto, matrix: Matrix, reader: NodeProto, *, is_guarded: bool, is_first: bool) -> _Rows:
+    """Quantise a tensor once for all who read it.
 
-    A row of zeros is divided by zero; whatever its codes, the scale makes the product 0. A row with a NaN must not
-    become a plausible one: ReduceMax overlooks NaN and a mean does not, nor does Max; a mean never exceeds the largest.
+    A row of zeros is divided by zero; whatever its codes, the scale makes the product 0. An infinity makes the scale
+    infinite. A NaN does not: ReduceMax and ReduceMin overlook it. A mean does not, nor does Max, and a mean never
+    exceeds the largest; that is the guard.
+
+    Args:
+        model: changed in place.
+        matrix: one that the tensor is multiplied with.
+        reader: before which the nodes are put.
+        is_guarded: whether a NaN must be seen here.
+        is_first: whether nothing was rounded before: then the zero points of all rows are made here, too.
     """
-    rows = _Rows(f"{name}.codes", f"{name}.largest")
-    magnitude, peak, mean, within = (f"{name}.{part}" for part in ("magnitude", "peak", "mean", "within"))
-    insert_before(
-        model,
-        reader,
-        helper.make_node("Abs", [name], [magnitude], name=magnitude),
-        helper.make_node("ReduceMax", [magnitude, _LAST_AXIS], [peak], name=peak, keepdims=1),
-        helper.make_node("ReduceMean", [magnitude, _LAST_AXIS], [mean], name=mean, keepdims=1),
-        helper.make_node("Max", [peak, mean], [rows.scale], name=rows.scale),
-        helper.make_node("Div", [name, rows.scale], [within], name=within),
-        helper.make_node("QuantizeLinear", [within, _UNIT, _ZERO_POINT], [rows.codes], name=rows.codes),
+    name = matrix.multiplied
+    rows = _Rows(f"{name}.codes", f"{name}.scale")
+    nodes, steps = [], []
+    for kind, factor in [("Max", _STEP), ("Min", _STEP_DOWN), ("Mean", _STEP)][: 3 if is_guarded else 2]:
+        found, step = f"{name}.{kind.lower()}", f"{name}.{kind.lower()}_step"
+        steps.append(step)
+        nodes.append(helper.make_node(f"Reduce{kind}", [name, _LAST_AXIS], [found], name=found, keepdims=1))
+        nodes.append(helper.make_node("Mul", [found, factor], [step], name=step))
+    nodes.append(helper.make_node("Max", steps, [rows.scale], name=rows.scale))
+    if is_first:  # uint8 [batch, seq, 1]: QuantizeLinear wants a zero point wherever it has a scale
+        shape, middle = f"{_ZERO_POINTS}.shape", numpy_helper.from_array(np.array([_MIDDLE], np.uint8))
+        nodes.append(helper.make_node("Shape", [rows.scale], [shape], name=shape))
+        nodes.append(helper.make_node("ConstantOfShape", [shape], [_ZERO_POINTS], name=_ZERO_POINTS, value=middle))
+    inputs = [name, rows.scale, _ZERO_POINTS]
+    nodes.append(
+        helper.make_node("QuantizeLinear", inputs, [rows.codes], name=rows.codes, axis=-1, block_size=matrix.columns)
     )
+    insert_before(model, reader, *nodes)
     return rows
+
+
+def _hides_nan(model: ModelProto, name: str) -> bool:
+    """Whether a NaN of this tensor would be lost by rounding, and with it what the logits should have told.
+
+    Between a norm and the sum with the residual stream it would not: what the norm made a NaN of is in the stream,
+    which carries it to the logits by itself, and finite numbers give no NaN there. Keys and values, however, are read
+    by other positions, and what attention gives is not in the stream yet.
+    """
+    graph = model.graph
+    if not any(name in node.output and node.op_type != _ATTENTION for node in graph.node):
+        return True
+    stored = {tensor.name for tensor in graph.initializer}
+    pending, seen = [name], {name}
+    while pending:
+        tensor = pending.pop()
+        if any(tensor == output.name for output in graph.output):
+            return True
+        for node in graph.node:
+            if tensor not in node.input or _is_residual_sum(node, stored):
+                continue
+            if node.op_type == _ATTENTION:
+                return True
+            pending += [output for output in node.output if output not in seen]
+            seen.update(node.output)
+    return False
+
+
+def _is_residual_sum(node: NodeProto, stored: set[str]) -> bool:
+    return node.op_type in _RESIDUAL_SUMS or (node.op_type == "Add" and stored.isdisjoint(node.input))
 
 
 def _multiply(model: ModelProto, node: NodeProto, matrix: Matrix, rows: _Rows) -> None:
@@ -149,7 +202,7 @@ def _multiply(model: ModelProto, node: NodeProto, matrix: Matrix, rows: _Rows) -
             node,
             helper.make_node(
                 "MatMulIntegerToFloat",
-                [rows.codes, codes, _UNIT, scales, _ZERO_POINT, _WEIGHT_ZERO],
+                [rows.codes, codes, _ONE, scales, _ZERO_POINT, _WEIGHT_ZERO],
                 [product],
                 name=f"{node.name}{suffix}_R8",
                 domain="com.microsoft",

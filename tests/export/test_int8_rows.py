@@ -18,7 +18,7 @@ from export.boards import buildable_board
 from export.checkpoint.source import open_checkpoint
 from export.checkpoint.synth import synthesise
 from export.graphs.fusions import fuse_projections
-from export.graphs.graph import build_fp32, graph_shape, load_graph, save_graph
+from export.graphs.graph import EMBEDDING, build_fp32, graph_shape, load_graph, save_graph
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
 from export.graphs.pruned_head import prune_head
 from export.graphs.ragged import add_ragged
@@ -133,6 +133,23 @@ def test_nan_anywhere_in_a_row_is_not_hidden_and_stays_in_its_row(inputs: int) -
         product = multiply(rows)
         assert np.isnan(product[0, 1]).all(), place
         assert np.isfinite(product[0, [0, 2]]).all()
+
+
+@pytest.mark.parametrize(("like", "changes"), SHAPES, ids=[like for like, _ in SHAPES])
+def test_nan_of_an_earlier_token_reaches_the_scores(like: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    layers = changes.get("num_hidden_layers", 2)
+    shape = {**TINY, **{k: v for k, v in changes.items() if k != "num_hidden_layers"}, "tie_word_embeddings": False}
+    synthesise(like, tmp_path / "checkpoint", layers=layers, **shape)
+    model = build_fp32(open_checkpoint(tmp_path / "checkpoint"), CONTEXT)
+    quantise_rows(model)
+    means = sum(node.op_type == "ReduceMean" and node.name.endswith(".mean") for node in model.graph.node)
+    assert means == 2 * layers, "what attention reads and what it gives; the rest is carried by the residual stream"
+    assert np.isfinite(logits(model, ids=list(range(3, 13)))).all()
+    table = next(tensor for tensor in model.graph.initializer if tensor.name == EMBEDDING)
+    weights = numpy_helper.to_array(table).copy()
+    weights[5, 0] = np.nan
+    table.CopyFrom(numpy_helper.from_array(weights, EMBEDDING))
+    assert np.isnan(logits(model, ids=list(range(3, 13)))).all()
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
