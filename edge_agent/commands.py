@@ -152,9 +152,10 @@ def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
 def _open_engine(options: argparse.Namespace) -> Engine:
     from edge_agent.runtime.engine import Engine
     from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
+    from edge_agent.runtime.speed import Speed
 
     trusted = load_trusted_keys(options.trusted_key)
-    return Engine(open_signed_bundle(options.bundle, trusted), threads=options.threads)
+    return Engine(open_signed_bundle(options.bundle, trusted), options.threads, Speed(large_pages=True))
 
 
 def _task_of(engine: Engine, wanted: str | None) -> str:

@@ -22,6 +22,7 @@ from edge_agent.runtime.grammar import compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.large_pages import LargePages
 from edge_agent.runtime.memory import return_freed_memory, rss_bytes
 from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
 from edge_agent.runtime.prepared import PreparedTask, Question
@@ -53,14 +54,15 @@ class Engine:
         self._speed = speed
         self._prefixes = PrefixStore(speed.prefix_dir)
         self._cost = PassCost()
+        self._pages = LargePages() if speed.large_pages else None
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
-        # The library loads the graph without holding up the interpreter, which reads the tokenizer meanwhile.
-        with ThreadPoolExecutor(1, "load") as loading:
-            opening = loading.submit(_open_session, bundle, self.threads)
-            self._encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
-            return_freed_memory()  # reading a tokenizer of 150,000 tokens leaves 50 MB behind
-            self._session = opening.result()
+        # The library loads the graph without holding up the interpreter, which reads the tokenizer meanwhile. The graph
+        # is loaded in the main thread: what other threads allocate never lies on large pages (`large_pages`).
+        with ThreadPoolExecutor(1, "tokenizer") as reading:
+            encoder = reading.submit(_read_tokenizer, bundle)
+            self._session = _open_session(bundle, self.threads)
+            self._encoder = encoder.result()
         self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
@@ -160,6 +162,8 @@ class Engine:
                 )
             except EdgeError as error:
                 found.append(error)
+        if self._pages is not None:
+            self._pages.gather_once()
         return found
 
     def _own_answer(self, task: str, event: Event, deadline_at_s: float) -> OwnAnswer:
@@ -264,6 +268,13 @@ class Engine:
 
     def _is_listed(self, path: Path) -> bool:
         return str(path.relative_to(self.bundle.path)) in self._listed
+
+
+def _read_tokenizer(bundle: VerifiedBundle) -> TextEncoder:
+    model = bundle.manifest.model
+    encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
+    return_freed_memory()  # 150,000 tokens leave 50 MB behind
+    return encoder
 
 
 def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | StaticSession:

@@ -19,6 +19,7 @@ class Speed:
             answers are measured.
         drafts: whether probable answers are checked in one pass.
         together: events that may share passes, where the graph allows it.
+        large_pages: whether the heap is moved to large pages after the first answer; for processes that go on.
     """
 
     prefix_dir: Path | None = None
@@ -26,6 +27,7 @@ class Speed:
     decision_cache_bytes: int = 0
     drafts: bool = True
     together: int = 4
+    large_pages: bool = False
 
 
 PLAIN = Speed(event_cache_bytes=0, drafts=False, together=1)

@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
             event_cache_bytes=options.event_cache,
             decision_cache_bytes=options.decision_cache,
             together=options.together,
+            large_pages=True,
         )
         decider = factory(options.bundle, options.digest, options.threads, speed)
         channel.send({"ready": decider.facts().as_dict()})

@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
     arguments = parser.parse_args()
     job = json.loads(arguments.job.read_text("utf-8"))
-    speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts)
+    speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts, large_pages=True)
     print(json.dumps(answer_job(arguments.bundle, arguments.digest, job, speed, arguments.spawned_at)))
     return 0
 

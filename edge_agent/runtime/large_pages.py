@@ -1,0 +1,88 @@
+"""Weights on large pages: a pass reads all of them, and on pages of 4 KB a tenth of it is spent looking pages up.
+
+Asked for while the model loads, large pages would double the time to the first answer, because the kernel clears them
+one by one. So a thread gathers the heap onto them once, after the first answer. Nothing but speed depends on it.
+
+Source: madvise(2), MADV_COLLAPSE, Linux 6.1 and newer. Where a system forbids large pages, or has none of about 2 MB,
+nothing happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+MAPS = Path("/proc/self/maps")
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_LARGEST_PAGE_BYTES = 4 << 20
+"""Kernels with pages of 16 or 64 KB have large ones of 32 or 512 MB, of which much would stay empty."""
+
+
+class LargePages:
+    """Moves this process's heap once, in a thread of its own.
+
+    Args:
+        gather: does it.
+    """
+
+    def __init__(self, gather: Callable[[], object] | None = None) -> None:
+        self._gather = gather or gather_heap
+        self._is_begun = False
+
+    def gather_once(self) -> None:
+        """Begin, unless it was begun before."""
+        if self._is_begun:
+            return
+        self._is_begun = True
+        # No memory for a thread's stack: pages stay as they are.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=self._gather, name="large-pages", daemon=True).start()
+
+
+def gather_heap(settings: Path = SETTINGS, maps: Path = MAPS) -> int:
+    """Move the heap, on which the C library keeps what the main thread loaded.
+
+    Args:
+        settings: the kernel's, of large pages.
+        maps: the kernel's list of this process's memory.
+
+    Returns:
+        Bytes that lie on large pages now; 0 where the kernel has or allows none.
+    """
+    page_bytes = large_page_bytes(settings)
+    heap = _heap(maps) if page_bytes else None
+    if heap is None:
+        return 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    start, end = -(-heap[0] // page_bytes) * page_bytes, heap[1] // page_bytes * page_bytes
+    libc.madvise(start, max(0, end - start), _MADV_HUGEPAGE)
+    # One at a time: a pass that runs meanwhile waits for one page, not for all.
+    return sum(page_bytes for at in range(start, end, page_bytes) if libc.madvise(at, page_bytes, _MADV_COLLAPSE) == 0)
+
+
+def large_page_bytes(settings: Path = SETTINGS) -> int:
+    """Size of a large page; 0 where the system forbids them or they are too large to be of use."""
+    try:
+        allowed = (settings / "enabled").read_text()
+        size = int((settings / "hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0
+    return 0 if "[never]" in allowed or size > _LARGEST_PAGE_BYTES else size
+
+
+def _heap(maps: Path) -> tuple[int, int] | None:
+    """First address of the heap, and the first behind it."""
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.endswith("[heap]"):
+            first, _, behind = line.split(maxsplit=1)[0].partition("-")
+            return int(first, 16), int(behind, 16)
+    return None
