@@ -74,8 +74,10 @@ class ModelSpec(_Model):
     [batch, 1, hidden] in place of ``logits``, and the head's graph maps ``hidden`` to ``logits``. With ``ragged``, the
     decoder also takes ``query_seqlens`` int32 [batch]. With ``score_at``, it also takes ``score_at`` int64 [scores, 2]
     (row and position within the pass of each score), and the first axis of ``logits`` or ``hidden`` is [scores]. With
-    ``adapter_inputs``, it also takes ``<name>.A`` float [columns, rank] and ``<name>.B`` float [rank, rows] of each
-    name; rank may be 0. A device that does not know an input refuses the graph, for it cannot feed it.
+    ``alternatives``, it also takes ``position_ids`` int64 [batch, seq] and ``attention_bias`` float
+    [1, 1, seq, past + seq] (0 where a position may be seen, far below any score where not). With ``adapter_inputs``, it
+    also takes ``<name>.A`` float [columns, rank] and ``<name>.B`` float [rank, rows] of each name; rank may be 0. A
+    device that does not know an input refuses the graph, for it cannot feed it.
 
     Graph interface 2 (static, for NPUs): every shape is fixed. A graph of ``windows`` with T tokens takes
     ``input_ids`` int32 [1, T], ``position_ids`` int32 [1, T], ``attention_bias`` float [1, 1, T, past + T] (0 where a
@@ -101,6 +103,7 @@ class ModelSpec(_Model):
     head_ids: str | None = None
     ragged: bool | None = None
     score_at: bool | None = None
+    alternatives: bool | None = None
     windows: tuple[StaticWindow, ...] | None = None
     past_tokens: int | None = Field(default=None, ge=1)
     tokenizer: str
@@ -122,7 +125,7 @@ class ModelSpec(_Model):
         static = self.graph_interface == 2
         if static != bool(self.windows) or static != (self.past_tokens is not None):
             raise ValueError("graph interface 2, and only it, has windows and past_tokens")
-        if static and (self.head is not None or self.ragged or self.score_at):
+        if static and (self.head is not None or self.ragged or self.score_at or self.alternatives):
             raise ValueError("a static graph has its head inside and takes one sequence")
         if (static or not self.adapter_inputs) and self.adapters:
             raise ValueError("adapters need a graph of interface 1 with adapter_inputs")

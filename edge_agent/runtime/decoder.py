@@ -3,9 +3,9 @@
 `answer_steps` is the rule alone: it says which tokens are known, is told the scores after them, chooses among what the
 grammar allows, and goes on. It does not know how the scores come about. A `Lane` brings them: a pass takes everything
 that is known but not yet seen by the model (the event at first, later the chosen token with all that it forces) and,
-where the graph scores several positions, a draft of what will probably follow. A draft is only ever checked: scores
-count while the tokens before them are the chosen ones, so that a right guess saves passes and a wrong one costs tokens,
-and neither changes an answer. The last field's closing tokens are never run.
+where the graph scores several positions, a guess at what will follow, perhaps several side by side. A guess is only
+ever checked: scores count while the tokens before them are the chosen ones, so that a right guess saves passes and a
+wrong one costs tokens, and neither changes an answer. The last field's closing tokens are never run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.confidence import choose
-from edge_agent.runtime.grammar import AnswerPlan, Branch, ClosedField, Value
+from edge_agent.runtime.drafts import NOTHING, Guess
+from edge_agent.runtime.grammar import AnswerPlan, Branch, ClosedField, PlannedField, Tokens, Value
 from edge_agent.runtime.guided import GuidedField
 
 Scores = NDArray[np.float32]
-Steps = Generator[list[int], Scores, "Decoded"]
+Steps = Generator["Known", Scores, "Decoded"]
+MAX_WAYS = 4
+"""Ways on from a choice that are told: of more, each is too unlikely to be tried unseen."""
 
 
 class Forward(Protocol):
@@ -37,8 +40,23 @@ class Forward(Protocol):
 class Drafts(Protocol):
     """Guesses what follows."""
 
-    def propose(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Tokens that may follow ``answer``, and after how many of them scores will be asked for, ascending."""
+    def propose(
+        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+    ) -> Guess:
+        """As `AnswerDrafts.propose`."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """How far a text is known.
+
+    Args:
+        tokens: ids, prompt included; the same list each time, and longer.
+        ways: tokens that each way on would add, up to the next choice; those that are told.
+    """
+
+    tokens: list[int]
+    ways: tuple[Tokens, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,11 +86,14 @@ class Ask:
         keep: tokens behind the prefix that the model has seen and that still hold.
         tokens: what it is to see next, a draft at the end.
         score_at: offsets into ``tokens`` after which scores are wanted, ascending.
+        follows: of the last tokens, where they do not simply follow one another: for each the place among them of the
+            token that it follows, -1 for what stands before them.
     """
 
     keep: int
     tokens: list[int]
     score_at: list[int]
+    follows: tuple[int, ...] = ()
 
 
 def answer_steps(plan: AnswerPlan, prompt: Sequence[int], temperatures: Mapping[str, float]) -> Steps:
@@ -84,8 +105,7 @@ def answer_steps(plan: AnswerPlan, prompt: Sequence[int], temperatures: Mapping[
         temperatures: calibration per field.
 
     Yields:
-        All tokens that are known, prompt included; the same list, longer each time. Scores after the last of them,
-        float32 (rows,), are to be sent.
+        How far the text is known. Scores after the last token, float32 (rows,), are to be sent.
 
     Returns:
         The answer; valid by construction.
@@ -97,10 +117,11 @@ def answer_steps(plan: AnswerPlan, prompt: Sequence[int], temperatures: Mapping[
     asked: list[int] = []
     values: dict[str, Value] = {}
     confidence: dict[str, float] = {}
-    for planned in plan.fields:
+    for place, planned in enumerate(plan.fields):
         temperature = temperatures.get(planned.name, 1.0)
         if isinstance(planned, ClosedField):
-            value, probability = yield from _closed(tokens, planned, temperature, asked)
+            behind = _forced_behind(plan.fields[place + 1 :])
+            value, probability = yield from _closed(tokens, planned, behind, temperature, asked)
         else:
             value, probability = yield from _guided(tokens, planned, temperature, asked)
         values[planned.name], confidence[planned.name] = value, probability
@@ -143,7 +164,7 @@ class Lane:
         self._fed: list[int] = self._prompt[:seen]
         self._finished: Decoded | None = None
         self._steps = answer_steps(plan, prompt, temperatures)
-        self._tokens: list[int] = []
+        self._known = Known([])
         self._advance(None)
 
     @property
@@ -151,49 +172,73 @@ class Lane:
         """The answer; None while something is left to be chosen."""
         return self._finished
 
-    def ask(self) -> Ask:
+    def ask(self, *, alternatives: bool = False) -> Ask:
         """What the next pass must hold.
+
+        Args:
+            alternatives: whether it may hold several guesses at the same token.
 
         Raises:
             PermanentError: ``worker.deadline``.
         """
         if time.monotonic() >= self._deadline_at_s:
             raise PermanentError("worker.deadline", f"deadline passed after {self.passes} passes", passes=self.passes)
-        known = self._tokens
+        known = self._known.tokens
         # At least one token is run, because scores come of running.
         keep = min(_shared(self._fed, known), len(known) - 1)
-        draft: list[int] = []
-        draft_asks: list[int] = []
+        guess = NOTHING
         if self._drafts is not None:
-            draft, draft_asks = self._drafts.propose(known[len(self._prompt) :], self._prompt)
-            draft = draft[: max(0, self._room_tokens - len(known))]
-            draft_asks = [at for at in draft_asks if at <= len(draft)]
-        last = len(known) - keep - 1
-        return Ask(keep, [*known[keep:], *draft], [last, *(last + at for at in draft_asks)])
+            answer = known[len(self._prompt) :]
+            guess = self._drafts.propose(answer, self._prompt, self._known.ways, alternatives=alternatives)
+            guess = guess.first(max(0, self._room_tokens - len(known)))
+        first = len(known) - keep  # offset of the guess
+        return Ask(
+            keep,
+            [*known[keep:], *guess.tokens],
+            [first - 1, *(first + at for at in guess.asks)],
+            guess.follows if guess.has_alternatives else (),
+        )
 
-    def take(self, ask: Ask, scores: Scores) -> None:
+    def take(self, ask: Ask, scores: Scores) -> list[int]:
         """Go on as far as the scores of a pass reach.
 
         Args:
             ask: what the pass held.
             scores: float32 (len(ask.score_at), rows).
 
+        Returns:
+            Offsets into ``ask.tokens`` of the guess that came true, ascending.
+
         Raises:
             PermanentError: ``worker.bad_logits``, ``worker.grammar``.
         """
         self.passes += 1
-        self._fed = [*self._fed[: ask.keep], *ask.tokens]
-        by_length = {ask.keep + at + 1: row for at, row in zip(ask.score_at, scores, strict=True)}
-        while self._finished is None:
-            known = len(self._tokens)
-            # What was drafted otherwise than it was chosen has scores of another text.
-            if known not in by_length or self._fed[:known] != self._tokens:
-                return
-            self._advance(by_length[known])
+        by_offset = dict(zip(ask.score_at, scores, strict=True))
+        first = at = ask.score_at[0]  # the last token that was known
+        follows = ask.follows or range(-1, len(ask.tokens) - first - 2)
+        # Where the text may go on: (offset of a token, the token after it) -> offset of that one.
+        steps = {
+            (first + 1 + before, ask.tokens[first + 1 + place]): first + 1 + place
+            for place, before in enumerate(follows)
+        }
+        true: list[int] = []
+        walked = len(self._known.tokens)
+        self._fed = list(self._known.tokens)
+        while self._finished is None and at in by_offset:
+            self._advance(by_offset[at])
+            tokens = self._known.tokens
+            while walked < len(tokens) and (at, tokens[walked]) in steps:
+                at = steps[at, tokens[walked]]
+                true.append(at)
+                walked += 1
+            self._fed += tokens[len(self._fed) : walked]
+            if walked < len(tokens):
+                break  # the text went another way than any guess
+        return true
 
     def _advance(self, scores: Scores | None) -> None:
         try:
-            self._tokens = next(self._steps) if scores is None else self._steps.send(scores)
+            self._known = next(self._steps) if scores is None else self._steps.send(scores)
         except StopIteration as finished:
             self._finished = replace(finished.value, passes=self.passes)
 
@@ -228,14 +273,14 @@ def decode(
 
 
 def _closed(
-    tokens: list[int], planned: ClosedField, temperature: float, asked: list[int]
-) -> Generator[list[int], Scores, tuple[Value, float]]:
+    tokens: list[int], planned: ClosedField, behind: Tokens | None, temperature: float, asked: list[int]
+) -> Generator[Known, Scores, tuple[Value, float]]:
     tokens.extend(planned.forced)
     node = planned.root
     probability = 1.0
     while isinstance(node, Branch):
         asked.append(len(tokens))
-        position, share = choose((yield tokens), node.rows, temperature)
+        position, share = choose((yield Known(tokens, _ways(node, behind))), node.rows, temperature)
         edge = node.edges[position]
         probability *= share
         tokens.append(int(node.ids[position]))
@@ -244,9 +289,32 @@ def _closed(
     return node.value, probability
 
 
+def _forced_behind(fields: Sequence[PlannedField]) -> Tokens | None:
+    """What the next fields force up to the next choice; None where there is none, or nobody knows before."""
+    forced: Tokens = ()
+    for planned in fields:
+        if not isinstance(planned, ClosedField):
+            return None
+        forced += planned.forced
+        if isinstance(planned.root, Branch):
+            return forced
+    return None
+
+
+def _ways(branch: Branch, behind: Tokens | None) -> tuple[Tokens, ...]:
+    """The ways on from a choice, each up to the next one."""
+    if len(branch.edges) > MAX_WAYS:
+        return ()
+    return tuple(
+        (token, *edge.forced, *(() if isinstance(edge.target, Branch) else behind or ()))
+        for token, edge in zip(branch.ids.tolist(), branch.edges, strict=True)
+        if isinstance(edge.target, Branch) or behind is not None
+    )
+
+
 def _guided(
     tokens: list[int], planned: GuidedField, temperature: float, asked: list[int]
-) -> Generator[list[int], Scores, tuple[Value, float]]:
+) -> Generator[Known, Scores, tuple[Value, float]]:
     grammar = planned.start()
     probability = 1.0
     while True:
@@ -255,7 +323,7 @@ def _guided(
             return grammar.value(), probability
         ids = grammar.allowed()
         asked.append(len(tokens))
-        position, share = choose((yield tokens), grammar.rows(ids), temperature)
+        position, share = choose((yield Known(tokens)), grammar.rows(ids), temperature)
         probability *= share
         grammar.choose(int(ids[position]))
         tokens.append(int(ids[position]))

@@ -1,9 +1,10 @@
 """Guesses at the rest of an answer, so that one pass can check what several would have found out.
 
-Two sources, both free of charge: what this task answered before (a plant's events repeat themselves in kind, if not to
-the letter), and, inside free text, the event's own words. Whether a guess is worth its tokens follows from how often
-such guesses were right and from what a pass and a token cost on this very machine; both are measured as events go by.
-A draft is checked like any other text, so it never changes an answer.
+Three sources, all free of charge: what this task answered before (a plant's events repeat themselves in kind, if not to
+the letter), what it may answer at all (of a yes and a no, one is right), and, inside free text, the event's own words.
+Whether a guess is worth its tokens follows from how likely it is and from what a pass and a token cost on this very
+machine, measured as events go by. Where the graph takes alternatives, several guesses share a pass. A guess is checked
+like any other text, so it never changes an answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,33 @@ COPIED_TOKENS = 8
 _DECAY = 0.98
 _FEWEST_PASSES = 8
 _INITIAL_FIXED_TOKENS = 12.0
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What may follow an answer so far, as a tree.
+
+    Args:
+        tokens: ids; a token comes after the one that it follows.
+        follows: for each token the place of the token that it follows; -1: the answer so far.
+        asks: places of the tokens after which scores will be asked for, ascending.
+    """
+
+    tokens: tuple[int, ...] = ()
+    follows: tuple[int, ...] = ()
+    asks: tuple[int, ...] = ()
+
+    @property
+    def has_alternatives(self) -> bool:
+        """Whether any two tokens follow the same one."""
+        return self.follows != tuple(range(-1, len(self.tokens) - 1))
+
+    def first(self, count: int) -> Guess:
+        """No more than its first ``count`` tokens."""
+        return Guess(self.tokens[:count], self.follows[:count], tuple(at for at in self.asks if at < count))
+
+
+NOTHING = Guess()
 
 
 class PassCost:
@@ -66,17 +94,56 @@ class _Node:
     after: dict[int, _Node] = field(default_factory=dict)
 
 
+class _Growing:
+    """A guess in the making.
+
+    Args:
+        alternatives: whether tokens may follow the same one.
+    """
+
+    def __init__(self, *, alternatives: bool) -> None:
+        self.alternatives = alternatives
+        self.tokens: list[int] = []
+        self.follows: list[int] = []
+        self.asks: list[int] = []
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many more tokens, and a place where scores are asked for, are within the limits."""
+        return len(self.tokens) + tokens <= MAX_DRAFT_TOKENS and len(self.asks) < MAX_DRAFT_SCORES
+
+    def add(self, place: int, segment: Sequence[int]) -> int:
+        """Let ``segment`` follow the token at ``place``; returns the place of its last token."""
+        for token in segment:
+            self.tokens.append(token)
+            self.follows.append(place)
+            place = len(self.tokens) - 1
+        self.asks.append(place)
+        return place
+
+
+def _until_asked(node: _Node, token: int) -> tuple[list[int], _Node]:
+    """The likeliest way from ``node`` by ``token`` up to where scores are asked for, or to where nothing follows."""
+    segment = [token]
+    node = node.after[token]
+    while not node.asked and node.after:
+        token, node = max(node.after.items(), key=lambda item: item[1].visits)
+        segment.append(token)
+    return segment, node
+
+
 class AnswerDrafts:
     """What one task answered so far, as a tree of tokens.
 
     Args:
         cost: of passes, shared by all tasks of a model.
         copies: whether the task has free text, in which the event's words may be repeated.
+        remembers: whether answers are remembered at all; else each way on is as likely as any other.
     """
 
-    def __init__(self, cost: PassCost, *, copies: bool = False) -> None:
+    def __init__(self, cost: PassCost, *, copies: bool = False, remembers: bool = True) -> None:
         self._cost = cost
-        self._copies = copies
+        self._copies = copies and remembers
+        self._remembers = remembers
         self._root = _Node()
         self._nodes = 1
         self._copied = self._copied_right = 1.0
@@ -94,6 +161,8 @@ class AnswerDrafts:
             asked: numbers of its tokens after which scores were asked for.
             prompt: token ids of its event, to learn whether copying from events pays.
         """
+        if not self._remembers:
+            return
         if self._nodes > MAX_NODES:
             self._halve()
         places = frozenset(asked)
@@ -111,54 +180,58 @@ class AnswerDrafts:
         if self._copies:
             self._learn_copies(answer, places, prompt)
 
-    def propose(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+    def propose(
+        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+    ) -> Guess:
         """What may follow.
 
         Args:
             answer: token ids so far.
             prompt: token ids of the event.
+            ways: the ways on from here as far as they are known, each up to where scores are asked for next.
+            alternatives: whether several guesses at the same token may be made.
 
         Returns:
-            Tokens, and after how many of them scores will be asked for, ascending; both empty where no guess pays.
+            A guess, empty where none pays.
         """
         node: _Node | None = self._root
         for token in answer:
             node = node.after.get(token) if node else None
-        draft, asks = self._remembered(node) if node else ([], [])
-        if not draft and self._copies:
+        guess = _Growing(alternatives=alternatives)
+        self._grow(guess, -1, node or _Node(), 1.0, ways)
+        if not guess.tokens and self._copies:
             return self._from_event(answer, prompt)
-        return draft, asks
+        return Guess(tuple(guess.tokens), tuple(guess.follows), tuple(sorted(guess.asks)))
 
-    def _remembered(self, node: _Node) -> tuple[list[int], list[int]]:
-        """The likeliest way on, as far as it pays to go."""
-        draft: list[int] = []
-        asks: list[int] = []
-        segment: list[int] = []
-        likely = 1.0
-        while node.after and len(draft) + len(segment) < MAX_DRAFT_TOKENS and len(asks) < MAX_DRAFT_SCORES:
-            token, following = max(node.after.items(), key=lambda item: item[1].visits)
-            # One more visit than there was: what was seen once is not certain.
-            likely *= following.visits / (node.visits + 1) if node.asked else 1.0
-            segment.append(token)
-            node = following
-            if node.asked:
-                if not self._pays(likely, len(segment)):
-                    break
-                draft += segment
-                asks.append(len(draft))
-                segment = []
-        return draft, asks
+    def _grow(self, guess: _Growing, place: int, node: _Node, likely: float, ways: Sequence[Sequence[int]]) -> None:
+        """Add what follows ``node``, which the guess holds at ``place``, the likeliest first."""
+        # One more visit than there was, and a share of it for each way that is known: what was seen once is not
+        # certain, and what was never seen is not impossible.
+        share = 1.0 / len(ways) if ways else 0.0
+        unseen = {way[0]: way for way in ways if way[0] not in node.after}
+        following = [((one.visits + share) / (node.visits + 1), token) for token, one in node.after.items()]
+        following += [(share / (node.visits + 1), token) for token in unseen]
+        for chance, token in sorted(following, reverse=True)[: None if guess.alternatives else 1]:
+            segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(node, token)
+            if end is not None and not end.asked:
+                continue  # nothing is asked for behind it
+            if not guess.has_room(len(segment)) or not self._pays(likely * chance, len(segment)):
+                continue
+            last = guess.add(place, segment)
+            if end is not None:
+                self._grow(guess, last, end, likely * chance, ())
 
     def _pays(self, likely: float, tokens: int) -> bool:
         """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing."""
         return likely * self._cost.fixed_tokens > (1.0 - likely) * tokens
 
-    def _from_event(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _from_event(self, answer: Sequence[int], prompt: Sequence[int]) -> Guess:
         """The words that follow in the event where the answer's last words stand (prompt lookup decoding)."""
         copied = _continuation(answer, prompt)
         if not copied or not self._pays(self._copied_right / self._copied, 1):
-            return [], []
-        return copied, list(range(1, len(copied) + 1))
+            return NOTHING
+        places = range(len(copied))
+        return Guess(tuple(copied), tuple(place - 1 for place in places), tuple(places))
 
     def _learn_copies(self, answer: Sequence[int], asked: frozenset[int], prompt: Sequence[int]) -> None:
         # Counted over every place where a word was chosen, whether it was proposed there or not.

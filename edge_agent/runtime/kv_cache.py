@@ -35,6 +35,9 @@ MAX_PASS_TOKENS = 512
 """Tokens that one row runs in a pass; longer texts take several. It bounds what attention holds between its two
 products, heads x tokens x positions: 29 MB for 14 heads and a context of 1024."""
 
+_UNSEEN = np.float32(-1e30)
+"""Added to a score of attention it leaves a weight of exactly 0."""
+
 Logits = NDArray[np.float32]
 Adapter = dict[str, Any]
 """A task's low-rank matrices by input name, as values of ONNX Runtime; empty where the graph takes none."""
@@ -51,12 +54,15 @@ class RowPass:
         past: positions of the row that count; what lies behind them is overwritten.
         tokens: ids of the next positions, at least one.
         score_at: offsets into ``tokens`` after which scores are wanted, ascending.
+        follows: of the last tokens, where they do not simply follow one another: for each the place among them of the
+            token that it follows, -1 for what stands before them. Only for a pass of one row, where the graph takes it.
     """
 
     row: int
     past: int
     tokens: Sequence[int]
     score_at: Sequence[int]
+    follows: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class KvCache:
         self.length = 0
         self.passes = 0
         self.scores_many = bool(spec.score_at)
+        self.takes_alternatives = bool(spec.alternatives)
         self._session = session
         self._spec = spec
         self._adapter = adapter  # the bindings do not keep it alive
@@ -140,6 +147,8 @@ class KvCache:
             self._mask = np.zeros((rows, capacity_tokens), np.int64)
             self._counts = np.zeros(rows, np.int32)  # (rows,): real tokens of each row of the pass
             self._score_at = np.zeros((scores, 2), np.int64)
+            self._positions = np.zeros((rows, capacity_tokens), np.int64)
+            self._bias = self._no_bias(min(capacity_tokens, MAX_PASS_TOKENS + MAX_SCORES))
             self._head = Head(graphs, scores) if graphs.head is not None else None
             self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
         except (MemoryError, OSError) as error:  # OSError: of the mapping
@@ -232,6 +241,11 @@ class KvCache:
         """Put positions back that `read` took."""
         self._kv[:, row, :, start : start + segment.shape[2]] = segment
 
+    def gather(self, row: int, places: Sequence[int], start: int) -> None:
+        """Bring positions of a row, ascending, side by side from ``start`` on: a way that alternatives lay between."""
+        if list(places) != list(range(start, start + len(places))):
+            self._kv[:, row, :, start : start + len(places)] = self._kv[:, row][:, :, list(places)]
+
     def share(self, length: int) -> None:
         """Let every row begin with the first ``length`` positions of row 0, which stay as they are from now on."""
         self._shared_tokens = length
@@ -249,7 +263,8 @@ class KvCache:
         while len(one.tokens) > MAX_PASS_TOKENS and one.score_at[0] >= MAX_PASS_TOKENS:
             beginning, rest = one.tokens[:MAX_PASS_TOKENS], one.tokens[MAX_PASS_TOKENS:]
             self._write_pass([RowPass(one.row, one.past, beginning, [MAX_PASS_TOKENS - 1])])
-            one = RowPass(one.row, one.past + MAX_PASS_TOKENS, rest, [at - MAX_PASS_TOKENS for at in one.score_at])
+            score_at = [at - MAX_PASS_TOKENS for at in one.score_at]
+            one = RowPass(one.row, one.past + MAX_PASS_TOKENS, rest, score_at, one.follows)
         return one
 
     def _write_pass(self, passes: Sequence[RowPass]) -> None:
@@ -270,7 +285,42 @@ class KvCache:
             mask[row, : ends[row]] = 1
             self._counts[row] = len(one.tokens)
         self._score_at[: len(places)] = places
-        self._run_bound(first, count, longest, max(ends), len(places))
+        if not self.takes_alternatives:
+            self._run_bound(first, count, longest, max(ends), len(places))
+            return
+        positions = self._positions.reshape(-1)[: count * longest].reshape(count, longest)
+        positions[:] = np.arange(longest)
+        positions += np.array([[one.past] for one in passes])
+        if self._bias.size < longest * max(ends):
+            self._bias = self._no_bias(longest)
+        hidden = self._hide_alternatives(passes[0], positions[0])
+        try:
+            self._run_bound(first, count, longest, max(ends), len(places))
+        finally:
+            hidden[:] = 0
+
+    def _no_bias(self, tokens: int) -> NDArray[np.float32]:
+        """For passes of so many tokens. Zeros but while a pass holds alternatives: only read, they take no memory."""
+        bias: NDArray[np.float32] = _untouched((max(1, tokens * self.capacity_tokens),), np.float32)
+        return bias
+
+    def _hide_alternatives(self, one: RowPass, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Let the last tokens of a pass see only what they follow, and count their positions from there.
+
+        Returns:
+            The part of the bias that is other than zero.
+        """
+        count, first = len(one.tokens), len(one.tokens) - len(one.follows)
+        bias = self._bias[: count * (one.past + count)].reshape(count, one.past + count)
+        sees = np.zeros((len(one.follows), len(one.follows)), bool)
+        for place, before in enumerate(one.follows):
+            if before >= 0:
+                sees[place] = sees[before]
+            positions[first + place] = (positions[first + before] if before >= 0 else one.past + first - 1) + 1
+            sees[place, place] = True
+        hidden: NDArray[np.float32] = bias[first:, one.past + first :]
+        hidden[:] = np.where(sees, np.float32(0), _UNSEEN)
+        return hidden
 
     def _check_fit(self, past: int, count: int) -> None:
         if not 0 < count <= self.capacity_tokens - past:
@@ -283,6 +333,9 @@ class KvCache:
         bind(binding, "input", "attention_mask", self._mask, (count, total))
         if self.scores_many:
             bind(binding, "input", "score_at", self._score_at, (scores, 2))
+        if self.takes_alternatives:
+            bind(binding, "input", "position_ids", self._positions, (count, tokens))
+            bind(binding, "input", "attention_bias", self._bias, (1, 1, tokens, total))
         if self._head is None:
             bind(binding, "output", "logits", self._logits, (scores, 1, self._logits.shape[2]))
         else:

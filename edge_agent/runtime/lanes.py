@@ -27,12 +27,17 @@ class Rows(Protocol):
     def run(self, passes: Sequence[RowPass]) -> list[Logits]:
         """As `KvCache.run`."""
 
+    def gather(self, row: int, places: Sequence[int], start: int) -> None:
+        """As `KvCache.gather`."""
+
 
 Waiting = list[tuple[int, Ask]]
 """Rows and what they need, in the order of rows."""
 
 
-def run_lanes(cache: Rows, start: int, lanes: Sequence[Lane], cost: PassCost) -> list[EdgeError | None]:
+def run_lanes(
+    cache: Rows, start: int, lanes: Sequence[Lane], cost: PassCost, *, alternatives: bool = False
+) -> list[EdgeError | None]:
     """Answer until every lane has its answer or its fault.
 
     Args:
@@ -40,12 +45,13 @@ def run_lanes(cache: Rows, start: int, lanes: Sequence[Lane], cost: PassCost) ->
         start: length of the prefix.
         lanes: at most as many as there are rows.
         cost: of passes; learns from each one.
+        alternatives: whether a pass of one row may hold several guesses at the same token.
 
     Returns:
         For each lane what kept it from an answer; one lane's fault is no other's.
     """
     faults: list[EdgeError | None] = [None] * len(lanes)
-    while waiting := _waiting(lanes, faults):
+    while waiting := _waiting(lanes, faults, alternatives=alternatives):
         for group in grouped(waiting, cost.fixed_tokens, cache.capacity_tokens - start):
             _run(cache, start, group, lanes, faults, cost)
     return faults
@@ -81,14 +87,16 @@ def _joins(group: Waiting, row: int, ask: Ask, fixed_tokens: float, room_tokens:
     return fits and padding < fixed_tokens and sum(len(one.score_at) for one in asks) <= MAX_SCORES
 
 
-def _waiting(lanes: Sequence[Lane], faults: list[EdgeError | None]) -> Waiting:
+def _waiting(lanes: Sequence[Lane], faults: list[EdgeError | None], *, alternatives: bool) -> Waiting:
+    unfinished = [row for row, lane in enumerate(lanes) if lane.decoded is None and faults[row] is None]
+    # Rows that share a pass gain more than one that tries two ways at once.
+    alternatives = alternatives and len(unfinished) == 1
     waiting: Waiting = []
-    for row, lane in enumerate(lanes):
-        if lane.decoded is None and faults[row] is None:
-            try:
-                waiting.append((row, lane.ask()))
-            except EdgeError as error:
-                faults[row] = error
+    for row in unfinished:
+        try:
+            waiting.append((row, lanes[row].ask(alternatives=alternatives)))
+        except EdgeError as error:
+            faults[row] = error
     return waiting
 
 
@@ -102,7 +110,9 @@ def _run(
 ) -> None:
     began_s = time.monotonic()
     try:
-        scores = cache.run([RowPass(row, start + ask.keep, ask.tokens, ask.score_at) for row, ask in group])
+        scores = cache.run(
+            [RowPass(row, start + ask.keep, ask.tokens, ask.score_at, ask.follows) for row, ask in group]
+        )
     except EdgeError as error:
         for row, _ in group:
             faults[row] = error
@@ -110,6 +120,10 @@ def _run(
     cost.learn(len(group) * max(len(ask.tokens) for _, ask in group), time.monotonic() - began_s)
     for (row, ask), found in zip(group, scores, strict=True):
         try:
-            lanes[row].take(ask, found)
+            true = lanes[row].take(ask, found)
         except EdgeError as error:
             faults[row] = error
+            continue
+        if ask.follows:
+            past = start + ask.keep
+            cache.gather(row, [past + at for at in true], past + ask.score_at[0] + 1)

@@ -65,7 +65,13 @@ class PreparedTask:
         has_text = any(isinstance(output, TextField) for output in self.spec.output_fields)
         object.__setattr__(self, "answers", DecisionCache(remembered_bytes))
         object.__setattr__(self, "events", EventCache(self.speed.event_cache_bytes))
-        object.__setattr__(self, "drafts", AnswerDrafts(self.cost, copies=has_text) if self.speed.drafts else None)
+        drafts = AnswerDrafts(self.cost, copies=has_text, remembers=self.speed.drafts)
+        guesses = self.speed.drafts or self._takes_alternatives
+        object.__setattr__(self, "drafts", drafts if guesses else None)
+
+    @property
+    def _takes_alternatives(self) -> bool:
+        return self.speed.alternatives and isinstance(self.cache, KvCache) and self.cache.takes_alternatives
 
     @property
     def prefix_tokens(self) -> int:
@@ -117,7 +123,7 @@ class PreparedTask:
             seen = self.events.restore(cache, row, start, question.prompt)
             given = (question.prompt, temperatures, question.deadline_at_s, self.drafts)
             lanes.append(Lane(self.plan, *given, room_tokens=room_tokens, seen=seen))
-        faults = run_lanes(cache, start, lanes, self.cost)
+        faults = run_lanes(cache, start, lanes, self.cost, alternatives=self._takes_alternatives)
         found: list[Decoded | EdgeError] = []
         for row, (question, lane, fault) in enumerate(zip(questions, lanes, faults, strict=True)):
             if fault is not None or lane.decoded is None:

@@ -129,6 +129,7 @@ def _check_interface(decoder: Any, head: Any, spec: ModelSpec, rows: int) -> Non
     result = "logits" if head is None else "hidden"
     optional = {"query_seqlens": spec.ragged, "score_at": spec.score_at}
     asked = {name for name, wanted in optional.items() if wanted}
+    asked |= {"position_ids", "attention_bias"} if spec.alternatives else set()
     asked |= {f"{name}.{side}" for name in spec.adapter_inputs or () for side in "AB"}
     expected_inputs = {"input_ids", "attention_mask", *asked, *(f"past_key_values.{h}" for h in halves)}
     _check_names(decoder, expected_inputs, {result, *(f"present.{h}" for h in halves)})

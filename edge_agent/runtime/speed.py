@@ -18,6 +18,7 @@ class Speed:
         decision_cache_bytes: answers to repeated events, for each task that does not refuse it; 0: none, as where
             answers are measured.
         drafts: whether probable answers are checked in one pass.
+        alternatives: whether a pass tries several ways on from a choice, where the graph allows it.
         together: events that may share passes, where the graph allows it.
         large_pages: whether the heap is moved to large pages after the first answer; for processes that go on.
     """
@@ -26,9 +27,10 @@ class Speed:
     event_cache_bytes: int = EVENT_CACHE_BYTES
     decision_cache_bytes: int = 0
     drafts: bool = True
+    alternatives: bool = True
     together: int = 4
     large_pages: bool = False
 
 
-PLAIN = Speed(event_cache_bytes=0, drafts=False, together=1)
+PLAIN = Speed(event_cache_bytes=0, drafts=False, alternatives=False, together=1)
 """Nothing but the cached prefix: what the levers are measured against."""

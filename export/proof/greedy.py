@@ -128,6 +128,9 @@ class StepModel:
             feeds["query_seqlens"] = np.array([len(ids)], np.int32)  # [1]
         if self._spec.score_at:
             feeds["score_at"] = np.array([[0, len(ids) - 1]], np.int64)  # [1, 2]: the last position, as ever
+        if self._spec.alternatives:  # none: every token follows the one before it, and sees all before it
+            feeds["position_ids"] = np.arange(length - len(ids), length)[None]  # [1, seq]
+            feeds["attention_bias"] = np.zeros((1, 1, len(ids), length), np.float32)
         outputs = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
         present = {name: outputs[name.replace("past_key_values", "present")] for name in past}
         if self._head is None:

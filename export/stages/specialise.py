@@ -14,6 +14,7 @@ from edge_agent.contract.manifest import ModelSpec
 from export.boards import Board
 from export.checkpoint.peft import LoraAdapter
 from export.checkpoint.source import Checkpoint
+from export.graphs.alternatives import add_alternatives
 from export.graphs.chosen_scores import score_chosen_positions
 from export.graphs.graph import load_graph, save_graph, save_graphs
 from export.graphs.half import check_headroom, peak_activations, to_half
@@ -89,7 +90,7 @@ def specialise(
     if (not half) if speciality.options.together is None else speciality.options.together:
         add_ragged(model)
         score_chosen_positions(model)
-        changes |= {"ragged": True, "score_at": True}
+        changes |= {"ragged": True, "score_at": True, **({"alternatives": True} if add_alternatives(model) else {})}
     if half:
         # Before the head is cut off: its scores may overflow as well.
         _check_range(speciality, model, progress)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.decoder import Ask, Decoded, Drafts, Lane, decode
-from edge_agent.runtime.drafts import AnswerDrafts, PassCost
+from edge_agent.runtime.drafts import NOTHING, AnswerDrafts, Guess, PassCost
 from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import AnswerPlan, compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
@@ -65,13 +65,30 @@ class HashRows:
         for one in passes:
             assert START <= one.past <= len(self._tokens[one.row])
             assert list(one.score_at) == sorted(set(one.score_at))
+            assert not one.follows or len(passes) == 1
             row = self._tokens[one.row] = [*self._tokens[one.row][: one.past], *one.tokens]
-            ends = [one.past + at + 1 for at in one.score_at]
-            scores = np.array([self._model.scores_after(row[START:end]) for end in ends], np.float32)
+            texts = [[*row[START : one.past], *_way(one, at)] for at in one.score_at]
+            scores = np.array([self._model.scores_after(text) for text in texts], np.float32)
             if one.row == self._broken_row:
                 scores[:] = np.nan
             found.append(scores)
         return found
+
+    def gather(self, row: int, places: Sequence[int], start: int) -> None:
+        """As `KvCache.gather`: what lies behind is of no use any more."""
+        tokens = self._tokens[row]
+        self._tokens[row] = [*tokens[:start], *(tokens[place] for place in places)]
+
+
+def _way(one: RowPass, at: int) -> list[int]:
+    """Tokens of a pass that the one at offset ``at`` sees, itself included."""
+    first = len(one.tokens) - len(one.follows)
+    way: list[int] = []
+    while at >= first:
+        way.append(one.tokens[at])
+        before = one.follows[at - first]
+        at = first + before if before >= 0 else first - 1
+    return [*one.tokens[: at + 1], *way[::-1]]
 
 
 class WildDrafts:
@@ -81,27 +98,60 @@ class WildDrafts:
         self._random = random.Random(seed)
         self._right = list(right)
 
-    def propose(self, answer: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+    def propose(
+        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+    ) -> Guess:
         length = self._random.randrange(12)
         rest = self._right[len(answer) :] if self._right[: len(answer)] == list(answer) else []
         draft = [
             rest[n] if n < len(rest) and self._random.random() < 0.8 else self._random.randrange(VOCAB)
             for n in range(length)
         ]
-        asks = sorted(self._random.sample(range(1, length + 1), self._random.randrange(length + 1)))
-        return draft, asks
+        follows = list(range(-1, length - 1))
+        if alternatives:
+            for place in range(length):
+                if self._random.random() < 0.3:  # a tree, in which what was right before is mostly lost
+                    follows[place] = self._random.randrange(-1, place)
+            for number, way in enumerate(ways):  # behind it the ways on, of which one is right
+                follows += [-1, *range(length, length + len(way) - 1)]
+                draft += [token if self._random.random() < 0.9 else 0 for token in way]
+                length = len(draft)
+                if number == 0 and rest:
+                    draft += rest[len(way) : len(way) + 5]
+                    follows += range(length - 1, len(draft) - 1)
+                    length = len(draft)
+        asks = sorted(self._random.sample(range(length), self._random.randrange(length + 1)))
+        return Guess(tuple(draft), tuple(follows), tuple(asks))
+
+
+class Nothing:
+    """Never guesses."""
+
+    def propose(
+        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+    ) -> Guess:
+        return NOTHING
+
+
+def unlearned() -> AnswerDrafts:
+    """Knows what may be answered, and remembers nothing."""
+    return AnswerDrafts(PassCost(), remembers=False)
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> AnswerPlan:
-    file: Path = tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+    return plan_of(PROPERTIES, tmp_path_factory.mktemp("tokenizer"))
+
+
+def plan_of(properties: dict[str, Any], folder: Path) -> AnswerPlan:
+    file: Path = tokenizers.byte_level(folder / "tokenizer.json")
     encoder = TextEncoder(file, VOCAB)
     task = TaskSpec.model_validate(
         {
             "name": "task",
             "version": 1,
             "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
-            "output": {"type": "object", "properties": PROPERTIES},
+            "output": {"type": "object", "properties": properties},
         }
     )
     return compile_plan(task, encoder, lambda: GuidedGrammars(encoder, VOCAB, EOS))
@@ -120,9 +170,14 @@ prompts = st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=30)
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(prompts, min_size=1, max_size=4), seed=st.integers(0, 99), wild=st.booleans())
+@given(
+    texts=st.lists(prompts, min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    wild=st.booleans(),
+    alternatives=st.booleans(),
+)
 def test_neither_drafts_nor_company_nor_a_restored_beginning_change_an_answer(
-    plan: AnswerPlan, texts: list[list[int]], seed: int, *, wild: bool
+    plan: AnswerPlan, texts: list[list[int]], seed: int, *, wild: bool, alternatives: bool
 ) -> None:
     expected = [plainly(plan, text, seed) for text in texts]
     cache, lanes = HashRows(len(texts), seed), []
@@ -131,7 +186,7 @@ def test_neither_drafts_nor_company_nor_a_restored_beginning_change_an_answer(
         cache.put(row, text[:seen])
         drafts: Drafts | None = WildDrafts(seed + row, answer.tokens) if wild else None
         lanes.append(Lane(plan, text, {}, FAR, drafts, room_tokens=CAPACITY - START, seen=seen))
-    assert run_lanes(cache, START, lanes, PassCost()) == [None] * len(texts)
+    assert run_lanes(cache, START, lanes, PassCost(), alternatives=alternatives) == [None] * len(texts)
     assert [essence(lane.decoded) for lane in lanes] == [essence(answer) for answer in expected]
 
 
@@ -144,6 +199,21 @@ def test_a_right_guess_is_checked_in_one_pass(plan: AnswerPlan) -> None:
     run_lanes(HashRows(1, 3), START, [lane], PassCost())
     assert essence(lane.decoded) == essence(expected)
     assert lane.passes == 1 < expected.passes
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_both_ways_of_a_yes_or_no_are_tried_in_one_pass(tmp_path: Path, seed: int) -> None:
+    plan = plan_of({"a": {"type": "boolean"}, "b": {"type": "boolean"}, "c": {"type": "boolean"}}, tmp_path)
+    prompt = [7, 8, 9, seed + 2]
+    expected = plainly(plan, prompt, seed)
+    passes = {}
+    for alternatives in (False, True):
+        lane = Lane(plan, prompt, {}, FAR, unlearned() if alternatives else Nothing(), room_tokens=CAPACITY - START)
+        cache = HashRows(1, seed)
+        assert run_lanes(cache, START, [lane], PassCost(), alternatives=alternatives) == [None]
+        assert essence(lane.decoded) == essence(expected)
+        passes[alternatives] = lane.passes
+    assert passes == {False: 3, True: 2}
 
 
 def test_a_guess_that_the_memory_has_no_room_for_is_cut_to_what_fits(plan: AnswerPlan) -> None:

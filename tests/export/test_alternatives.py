@@ -1,0 +1,101 @@
+"""Several ways on in one pass: each is scored as if it were alone, and the one that came true goes on from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_agent.contract.manifest import read_manifest
+from edge_agent.runtime.kv_cache import KvCache, RowPass
+from edge_agent.runtime.session import ModelSession
+from export.checkpoint.synth import synthesise
+from export.request import GraphOptions
+from tests.export.conftest import TASK, TINY, Build
+from tests.export.test_engine_graph import SHAPES
+
+CAPACITY = 200
+TRUNK = [7, 9, 11, 13, 15]
+YES, NO, BEYOND = [21, 22, 23], [31, 32], [41, 42, 43, 44]
+GUESS = [*YES, *NO, *BEYOND]
+FOLLOWS = [-1, 0, 1, -1, 3, 2, 5, 6, 7]  # NO follows the trunk, BEYOND follows YES
+NEAR = {"fp32": 1e-3, "int8": 0.05}
+
+
+def built(make_bundle: Build, like: str, changes: dict[str, Any], folder: Path, **options: Any) -> Path:
+    shape = {**TINY, **{name: value for name, value in changes.items() if name != "num_hidden_layers"}}
+    synthesise(like, folder / "checkpoint", layers=changes.get("num_hidden_layers", 2), **shape)
+    (folder / "task").mkdir()
+    (folder / "task" / "task.yaml").write_text(TASK)
+    out = folder / "bundle"
+    make_bundle(out, checkpoint=folder / "checkpoint", tasks=(folder / "task",), **options)
+    return out
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8", "int8-kv"])
+def session(request: pytest.FixtureRequest, make_bundle: Build, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    precision, _, kv = request.param.partition("-")
+    options = {"graph": GraphOptions(kv="int8")} if kv else {}
+    out = built(make_bundle, "smollm2-135m", {}, tmp_path_factory.mktemp("bundle"), precision=precision, **options)
+    spec = read_manifest(out)[0].model
+    assert spec.alternatives
+    return ModelSession(out, read_manifest(out)[0], 1), NEAR[precision]
+
+
+def plainly(session: ModelSession, text: list[int]) -> Any:
+    cache = session.new_cache(CAPACITY)
+    return cache.forward(text).copy()
+
+
+def assert_near(found: Any, expected: Any, near: float) -> None:
+    assert np.abs(found - expected).max() <= near * np.abs(expected).max()
+
+
+def test_each_way_is_scored_as_if_it_were_alone(session: Any) -> None:
+    model, near = session
+    cache = model.new_cache(CAPACITY)
+    cache.forward([3, 4, 5, 6])
+    ends = [len(TRUNK) - 1, len(TRUNK) + 2, len(TRUNK) + 4, len(TRUNK) + 8]
+    (found,) = cache.run([RowPass(0, 4, [*TRUNK, *GUESS], ends, FOLLOWS)])
+    ways = [[], YES, NO, [*YES, *BEYOND]]
+    for scores, way in zip(found, ways, strict=True):
+        assert_near(scores, plainly(model, [3, 4, 5, 6, *TRUNK, *way]), near)
+    assert np.abs(found[1] - found[2]).max() > 0.1 * np.abs(found[1]).max(), "the ways differ"
+
+
+@pytest.mark.parametrize("true", [[0, 1, 2], [3, 4], [0, 1, 2, 5, 6, 7, 8], [0], [3], []], ids=str)
+def test_text_goes_on_from_the_way_that_came_true(session: Any, true: list[int]) -> None:
+    model, near = session
+    cache = model.new_cache(CAPACITY)
+    cache.run([RowPass(0, 0, [*TRUNK, *GUESS], [len(TRUNK) - 1], FOLLOWS)])
+    start = len(TRUNK)
+    cache.gather(0, [start + place for place in true], start)
+    (found,) = cache.run([RowPass(0, start + len(true), [51, 52], [1])])
+    assert_near(found[0], plainly(model, [*TRUNK, *(GUESS[place] for place in true), 51, 52]), near)
+
+
+def test_a_pass_after_alternatives_hides_nothing_any_more(session: Any) -> None:
+    model, near = session
+    cache = model.new_cache(CAPACITY, rows=2)
+    cache.run([RowPass(0, 0, [*TRUNK, *GUESS], [len(TRUNK) - 1], FOLLOWS)])
+    long = [*range(60, 60 + len(TRUNK) + len(GUESS))]
+    found = cache.run([RowPass(0, 0, long, [len(long) - 1]), RowPass(1, 0, long[:3], [2])])
+    assert_near(found[0][0], plainly(model, long), near)
+    assert_near(found[1][0], plainly(model, long[:3]), near)
+
+
+@pytest.mark.parametrize(("like", "changes"), SHAPES, ids=[like for like, _ in SHAPES])
+def test_every_shape_takes_them_but_those_with_a_sliding_window(
+    like: str, changes: dict[str, Any], make_bundle: Build, tmp_path: Path
+) -> None:
+    out = built(make_bundle, like, changes, tmp_path, precision="fp32")
+    manifest = read_manifest(out)[0]
+    assert bool(manifest.model.alternatives) == ("sliding_window" not in changes)
+    cache = ModelSession(out, manifest, 1).new_cache(CAPACITY)
+    assert isinstance(cache, KvCache)
+    if not cache.takes_alternatives:
+        return
+    (found,) = cache.run([RowPass(0, 0, [*TRUNK, *GUESS], [len(TRUNK) + 4], FOLLOWS)])
+    assert_near(found[0], plainly(ModelSession(out, manifest, 1), [*TRUNK, *NO]), 1e-3)
