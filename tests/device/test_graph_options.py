@@ -191,7 +191,6 @@ def test_scores_at_chosen_positions_are_those_of_the_last_position(
 
 def test_graph_without_a_last_position_scores_no_chosen_ones(plain_variant: MakeVariant) -> None:
     model = graph_of(plain_variant())
-    score_chosen_positions(model)
     next(node for node in model.graph.node if node.name == LAST_POSITION).name = "other"
     with pytest.raises(PermanentError) as caught:
         score_chosen_positions(model)

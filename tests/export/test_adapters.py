@@ -157,6 +157,11 @@ def said(found: list[Answer]) -> list[tuple[dict[str, Any], dict[str, float]]]:
     return [(answer.decision, answer.confidence) for answer in found]
 
 
+def about(found: list[Answer]) -> list[tuple[dict[str, Any], Any]]:
+    """The same answers; confidences but for the rounding of passes of other lengths."""
+    return [(answer.decision, pytest.approx(answer.confidence, abs=1e-3)) for answer in found]
+
+
 def test_a_task_without_adapter_answers_bit_for_bit_as_in_a_bundle_without_adapters(plain: Path, adapted: Path) -> None:
     assert said(answers(engine_on(adapted), "sort")) == said(answers(engine_on(plain), "sort"))
 
@@ -196,7 +201,7 @@ def oracle_of(bundle: Path, task: str) -> GreedyDecoder:
 
 def test_tasks_do_not_see_each_others_adapters(adapted: Path) -> None:
     engine = engine_on(adapted)
-    alone = {task: said(answers(engine_on(adapted), task)) for task in ("sort", "expert")}
+    alone = {task: about(answers(engine_on(adapted), task)) for task in ("sort", "expert")}
     for event, *expected in zip(EVENTS, *alone.values(), strict=True):
         mixed = [engine.decide(task, event, deadline_s=60) for task in alone]
         assert said(mixed) == expected
@@ -288,7 +293,7 @@ def test_a_router_hands_its_events_to_an_adapter(
     engine = engine_on(tmp_path / "bundle")
     routed = answers(engine, "sort")
     assert {answer.specialist for answer in routed} == {"expert"}
-    assert said(routed) == said(answers(engine, "expert"))
+    assert said(routed) == about(answers(engine, "expert"))
 
 
 def test_a_router_without_its_specialist_is_refused_before_anything_is_built(

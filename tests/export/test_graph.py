@@ -58,6 +58,7 @@ def test_only_the_last_position_has_logits(int4_bundle: Path) -> None:
     session = ort.InferenceSession(str(int4_bundle / "model/decoder.onnx"))
     feeds: dict[str, Any] = {"input_ids": np.ones((1, 9), np.int64), "attention_mask": np.ones((1, 9), np.int64)}
     feeds |= {"query_seqlens": np.array([9], np.int32), "score_at": np.array([[0, 8]])}
+    feeds |= {"position_ids": np.arange(9)[None], "attention_bias": np.zeros((1, 1, 9, 9), np.float32)}
     caches = {i.name: np.zeros((1, 2, 0, 32), np.float32) for i in session.get_inputs() if "past" in i.name}
     (logits,) = session.run(["logits"], {**feeds, **caches})
     assert logits.shape == (1, 1, 1024)
@@ -183,6 +184,9 @@ class SharedCaches:
         binding.bind_cpu_input("attention_mask", np.ones((1, past_length + len(ids)), np.int64))
         binding.bind_cpu_input("query_seqlens", np.array([len(ids)], np.int32))
         binding.bind_cpu_input("score_at", np.array([[0, len(ids) - 1]], np.int64))
+        total = past_length + len(ids)
+        binding.bind_cpu_input("position_ids", np.arange(past_length, total)[None])
+        binding.bind_cpu_input("attention_bias", np.zeros((1, 1, len(ids), total), np.float32))
         binding.bind_output("logits")
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
