@@ -33,6 +33,8 @@ _MIDDLE = 128
 _ONE, _ZERO_POINT, _WEIGHT_ZERO, _LAST_AXIS, _STEP, _STEP_DOWN, _ZERO_POINTS = (
     f"int8_rows.{name}" for name in ("one", "zero", "weight_zero", "axis", "step", "step_down", "zeros")
 )
+_SCALING = "_row_scale"
+"""Ending of the nodes that give a product's rows their scale back."""
 _ATTENTION = "GroupQueryAttention"
 _RESIDUAL_SUMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
 
@@ -105,6 +107,8 @@ def quantise_rows(model: ModelProto) -> None:
             is_first = not rounded
             rounded[matrix.multiplied] = _round_rows(model, matrix, node, is_guarded=is_guarded, is_first=is_first)
         _multiply(model, node, matrix, rounded[matrix.multiplied])
+    for name, rows in rounded.items():
+        _hand_on_scale(model, name, rows)
     drop_unused_initializers(model)
 
 
@@ -149,6 +153,41 @@ def _round_rows(model: ModelProto, matrix: Matrix, reader: NodeProto, *, is_guar
     )
     insert_before(model, reader, *nodes)
     return rows
+
+
+def _hand_on_scale(model: ModelProto, name: str, rows: _Rows) -> None:
+    """Multiply gate and up before up's rows get their scale back: what is rounded next is divided by it again.
+
+    The scale, one number a row, goes to where the next product gets its own.
+    """
+    made = next((node for node in model.graph.node if name in node.output), None)
+    if made is None or made.op_type != "Mul" or any(not _rounds(node) for node in _readers(model, name)):
+        return
+    for place, factor in enumerate(made.input):
+        scaled = next((node for node in model.graph.node if factor in node.output and _is_scaling(node)), None)
+        if scaled is None or len(_readers(model, factor)) > 1:
+            continue
+        product, scale = scaled.input
+        made.input[place] = product
+        model.graph.node.remove(scaled)
+        both = f"{rows.scale}.both"
+        owed = [node for node in _readers(model, rows.scale) if _is_scaling(node)]
+        insert_before(model, owed[0], helper.make_node("Mul", [rows.scale, scale], [both], name=both))
+        for node in owed:
+            node.input[1] = both
+        return
+
+
+def _readers(model: ModelProto, name: str) -> list[NodeProto]:
+    return [node for node in model.graph.node if name in node.input]
+
+
+def _rounds(node: NodeProto) -> bool:
+    return node.op_type in {"ReduceMax", "ReduceMin", "ReduceMean", "QuantizeLinear"}
+
+
+def _is_scaling(node: NodeProto) -> bool:
+    return node.op_type == "Mul" and node.name.endswith(_SCALING)
 
 
 def _hides_nan(model: ModelProto, name: str) -> bool:
@@ -207,7 +246,7 @@ def _multiply(model: ModelProto, node: NodeProto, matrix: Matrix, rows: _Rows) -
                 name=f"{node.name}{suffix}_R8",
                 domain="com.microsoft",
             ),
-            helper.make_node("Mul", [product, rows.scale], [output], name=f"{node.name}{suffix}_scale"),
+            helper.make_node("Mul", [product, rows.scale], [output], name=f"{node.name}{suffix}{_SCALING}"),
         )
     model.graph.node.remove(node)
 

@@ -222,6 +222,8 @@ def test_projections_side_by_side_are_taken_apart_with_the_same_numbers(llama: P
     layers = graph_shape(fused).num_layers
     assert kinds[1].count("QuantizeLinear") == 4 * layers, "gate and up share the quantised input"
     assert kinds[1].count("MatMulIntegerToFloat") == 5 * layers
+    assert sum(node.name.endswith("_row_scale") for node in fused.graph.node) == 4 * layers, "up's is handed on"
+    assert sum(node.name.endswith(".both") for node in fused.graph.node) == layers
     assert np.array_equal(logits(apart), logits(fused))
 
 
