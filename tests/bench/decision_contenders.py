@@ -113,6 +113,12 @@ def make_own_bundles(
     return checkpoint, folder, ours_int4, ours
 
 
+def bundle_for_tokens(shape: str, checkpoint: Path) -> OurBundle:
+    """Ours in the form for texts that are written token by token: four bits, and caches of which a token reads less."""
+    options = [*head_of(shape, checkpoint), "--kv", "int8"]
+    return decision_bundle(f"{shape}-int8-caches", checkpoint, decision_task(), "int4", options)
+
+
 def head_of(shape: str, checkpoint: Path) -> list[str | Path]:
     """Arguments of a build whose head keeps `HEAD_ROWS` rows: those of the events, and then any."""
     return ["--vocab-from", HELDOUT, vocabulary_text(shape, checkpoint), "--vocab-rows", str(HEAD_ROWS)]

@@ -19,7 +19,13 @@ from pathlib import Path
 from tests.bench.attempts import Missing, Say, attempt
 from tests.bench.cache import ROOT
 from tests.bench.contenders import LLAMA_CPP, OURS_PRUNED
-from tests.bench.decision_contenders import DecisionContenders, LlamaServer, OurBundle, make_decision_contenders
+from tests.bench.decision_contenders import (
+    DecisionContenders,
+    LlamaServer,
+    OurBundle,
+    bundle_for_tokens,
+    make_decision_contenders,
+)
 from tests.bench.decision_model import AT_LEAST_EVEN, MODELS, TARGETS, DecisionSettings, decision_figures
 from tests.bench.decisions_page import as_json, committed_decisions, machine, write_page
 from tests.bench.export_figures import BUSY_SHARE, STDOUT
@@ -31,6 +37,7 @@ from tests.bench.made import HERE, python_module
 
 DEPTH = 256
 OURS_INT8 = f"{OURS_PRUNED}, eight bits"
+OURS_INT8_KV = f"{OURS_PRUNED}, int8 caches"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,13 +83,18 @@ def passes_figures(made: DecisionContenders, rounds: int, steps: int, threads: i
     """Raw speed at a past of `DEPTH` tokens: one-token passes, and the prefill before them."""
     say(f"{made.name}: one-token passes and prefill, {rounds} rounds")
     python = attempt(llama_cpp_python, say)
-    contenders = (made.ours, made.ours_int4, made.llama, python)
+    shape = MODELS[made.name]
+    small_caches: OurBundle | Missing = Missing("the trained model has no figures of this kind")
+    if shape is not None:
+        small_caches = attempt(lambda: bundle_for_tokens(shape, made.checkpoint), say)
+    contenders = (made.ours, made.ours_int4, small_caches, made.llama, python)
     missing = next((part for part in contenders if isinstance(part, Missing)), None)
     speeds: dict[str, Speeds] | Missing = missing or Missing("left out")
     ours, ours_int4 = made.ours, made.ours_int4
     if (
         isinstance(ours, OurBundle)
         and isinstance(ours_int4, OurBundle)
+        and isinstance(small_caches, OurBundle)
         and isinstance(made.llama, LlamaServer)
         and isinstance(python, Path)
     ):
@@ -90,6 +102,7 @@ def passes_figures(made: DecisionContenders, rounds: int, steps: int, threads: i
         commands: dict[str, Command] = {
             OURS_PRUNED: python_module("tests.bench.decode_passes", "fused", ours_int4.path, *options),
             OURS_INT8: python_module("tests.bench.decode_passes", "fused", ours.path, *options),
+            OURS_INT8_KV: python_module("tests.bench.decode_passes", "fused", small_caches.path, *options),
             LLAMA_CPP: [python, HERE / "llama_cpp_passes.py", made.llama.gguf, *options],
         }
         speeds = attempt(lambda: take_passes(commands, rounds, ROOT), say)
@@ -103,13 +116,16 @@ def _passes(name: str, speeds: dict[str, Speeds] | Missing) -> Iterator[Figure]:
             yield Figure(key, f"{label}, ours / llama.cpp", None, RATIO, AT_LEAST_EVEN, note=speeds.why)
             continue
         samples = {engine: getattr(found, f"{what}_tok_per_s")[DEPTH] for engine, found in speeds.items()}
-        # Each with the form that an exporter would choose for it: four bits read least, eight bits multiply fastest.
-        best, other = (OURS_PRUNED, OURS_INT8) if what == "decode" else (OURS_INT8, OURS_PRUNED)
-        for engine, suffix, target in ((best, "", AT_LEAST_EVEN), (other, "_other_form", None)):
+        # Each with the form that an exporter would choose for it: four bits and small caches read least, eight bits
+        # multiply fastest.
+        best = OURS_INT8_KV if what == "decode" else OURS_INT8
+        slugs = {OURS_INT8_KV: "ours_int8_kv", OURS_PRUNED: "ours_int4", OURS_INT8: "ours_int8"}
+        for engine in sorted(slugs, key=lambda engine: engine != best):
             value, spread = from_samples(paired_ratios(samples[engine], samples[LLAMA_CPP]))
             title = f"{label}, {engine} / llama.cpp"
+            suffix, target = ("", AT_LEAST_EVEN) if engine == best else (f"_{slugs[engine]}", None)
             yield Figure(f"{key}{suffix}", title, value, RATIO, target, spread)
-        for engine, slug in ((OURS_PRUNED, "ours_int4"), (OURS_INT8, "ours_int8"), (LLAMA_CPP, "llamacpp")):
+        for engine, slug in (*slugs.items(), (LLAMA_CPP, "llamacpp")):
             value, spread = from_samples(samples[engine])
             yield Figure(f"{name}.{what}_{slug}_tok_per_s", f"{label}, {engine}", value, "tok/s", None, spread)
 

@@ -26,6 +26,7 @@ import onnxruntime as ort
 
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.runtime.adapter import task_adapter
+from edge_agent.runtime.large_pages import gather_heap
 from edge_agent.runtime.memory import peak_rss_bytes
 from edge_agent.runtime.session import ModelSession
 
@@ -61,6 +62,7 @@ class FusedEngine:
         session = ModelSession(bundle, manifest, threads)
         adapter = session.load_adapter(task_adapter(bundle, manifest.model, task))
         self._cache = session.new_cache(capacity_tokens, adapter=adapter)
+        gather_heap()  # as a device's worker after its first answer
 
     def restart(self) -> None:
         """Forget every token."""

@@ -33,6 +33,7 @@ from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.decoder import decode
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.large_pages import gather_heap
 from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.speed import PLAIN, Speed
 from tests.bench.attempts import Missing
@@ -111,17 +112,22 @@ def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[For
 
         return answer
 
-    plain = Engine(four, threads, PLAIN)
-    events = Speed(drafts=False, together=1)
+    events = Speed(drafts=False, alternatives=False, together=1)
+    ways = Speed(drafts=False, together=1)
     everything = Speed(together=1)
+    on_large_pages, sharing = Engine(eight, threads, everything), Engine(eight, threads, Speed())
+    gather_heap()  # what is loaded from here on lies on small pages
+    plain = Engine(four, threads, PLAIN)
     return [
         Form("the whole prompt each time, a token a pass", one_by_one(plain, keeps_prefix=False)),
         Form("+ the prefix is kept", one_by_one(plain, keeps_prefix=True)),
         Form("+ forced tokens ride along", fully(plain)),
         Form("+ eight bits by rows", fully(Engine(eight, threads, PLAIN))),
         Form("+ what events begin with is kept", fully(Engine(eight, threads, events))),
+        Form("+ both ways of a yes or no are tried at once", fully(Engine(eight, threads, ways))),
         Form("+ probable answers are checked in one pass", fully(Engine(eight, threads, everything))),
-        Form("+ waiting events share passes", fully(Engine(eight, threads, Speed())), BACKLOG),
+        Form("+ the weights lie on large pages", fully(on_large_pages)),
+        Form("+ waiting events share passes", fully(sharing), BACKLOG),
     ]
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 
 from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
-from edge_agent.runtime.answer import Answer
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 from tests.fakes import damaged_graphs
+from tests.fakes.answers import timeless
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.damaged_graphs import LONG_EVENT, Damage
 
@@ -50,11 +49,6 @@ def worker_on() -> Iterator[Callable[..., WorkerProcess]]:
     yield start
     for worker in started:
         worker.stop()
-
-
-def timeless(answer: Answer) -> Answer:
-    """Without what depends on the events before: an answer that was guessed takes fewer passes."""
-    return replace(answer, latency_ms=0.0, passes=0)
 
 
 def fault_of(call: Callable[[], object]) -> EdgeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import random
@@ -22,6 +21,7 @@ from edge_agent.runtime.bench import bench
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.golden import run_golden
 from export.proof.greedy import GreedyDecoder
+from tests.fakes.answers import timeless
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.hostile_texts import HOSTILE_TEXTS, SCRIPTS
 
@@ -46,11 +46,6 @@ def some_events(count: int, seed: int = 7) -> list[Event]:
         event["text"] = " ".join(rng.choices(WORDS, k=rng.randrange(1, 30)))
         events.append(event)
     return events
-
-
-def timeless(answer: Answer) -> Answer:
-    """Without what depends on the events before: an answer that was guessed takes fewer passes."""
-    return dataclasses.replace(answer, latency_ms=0.0, passes=0)
 
 
 def decide(engine: Engine, event: Event, task: str = "triage") -> Answer:

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,15 @@ def test_every_lever_at_once_equals_plain_decoding_one_token_at_a_time(reference
 @pytest.mark.parametrize(
     "speed",
     [
-        Speed(event_cache_bytes=1 << 20, drafts=False, together=1),
-        Speed(event_cache_bytes=0, drafts=True, together=1),
-        Speed(event_cache_bytes=0, drafts=False, together=4),
+        replace(PLAIN, event_cache_bytes=1 << 20),
+        replace(PLAIN, drafts=True),
+        replace(PLAIN, alternatives=True),
+        replace(PLAIN, drafts=True, alternatives=True),
+        replace(PLAIN, together=4),
+        replace(PLAIN, large_pages=True),
         FASTEST,
     ],
-    ids=["events", "drafts", "together", "all"],
+    ids=["events", "drafts", "alternatives", "drafts-and-alternatives", "together", "large-pages", "all"],
 )
 def test_a_lever_changes_no_decision(opened: Callable[[Speed], Engine], speed: Speed) -> None:
     events = some_events(30) + flood(20)
@@ -91,6 +95,13 @@ def test_levers_save_passes_and_tokens(opened: Callable[[Speed], Engine]) -> Non
     passes = [sum(one.passes for one in decided(engine, events)) for engine in (plain, fast)]
     assert passes[1] < 0.7 * passes[0]
     assert fast.prepared("triage").events.hit_tokens > 10 * len(events)
+
+
+def test_two_ways_in_one_pass_save_one(opened: Callable[[Speed], Engine]) -> None:
+    events = some_events(20)
+    plain, both = (decided(opened(replace(PLAIN, alternatives=tried)), events) for tried in (False, True))
+    assert_alike(both, plain)
+    assert sum(one.passes for one in both) <= sum(one.passes for one in plain) - 0.8 * len(events)
 
 
 def test_one_event_s_fault_leaves_its_company_answered(opened: Callable[[Speed], Engine]) -> None:
