@@ -209,9 +209,11 @@ class AnswerDrafts:
         # certain, and what was never seen is not impossible.
         share = 1.0 / len(ways) if ways else 0.0
         unseen = {way[0]: way for way in ways if way[0] not in node.after}
-        following = [((one.visits + share) / (node.visits + 1), token) for token, one in node.after.items()]
-        following += [(share / (node.visits + 1), token) for token in unseen]
-        for chance, token in sorted(following, reverse=True)[: None if guess.alternatives else 1]:
+        seen = node.visits + 1
+        following = [((one.visits + share) / seen, token) for token, one in node.after.items()]
+        following += [(share / seen, token) for token in unseen]
+        worth = sorted((one for one in following if self._pays(likely * one[0], 1)), reverse=True)
+        for chance, token in worth if guess.alternatives else worth[:1]:
             segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(node, token)
             if end is not None and not end.asked:
                 continue  # nothing is asked for behind it
