@@ -27,7 +27,7 @@ def decide(options: argparse.Namespace) -> int:
         0 when every event was decided, else 1; on stdin a line that cannot be decided yields ``{"error": …}`` in its
         place, so that input and output lines correspond.
     """
-    engine = _open_engine(options)
+    engine = _open_engine(options, goes_on=options.event == "-")
     task = _task_of(engine, options.task)
     if options.event != "-":
         print(json.dumps(_decide_one(engine, task, options.event, options.deadline_s), ensure_ascii=False))
@@ -48,7 +48,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     from edge_agent.runtime.bench import bench as measure
 
     started_s = time.monotonic()
-    engine = _open_engine(options)
+    engine = _open_engine(options, goes_on=True)
     load_s = time.monotonic() - started_s
     task = _task_of(engine, options.task)
     if options.events:
@@ -149,13 +149,13 @@ def dead_letters(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _open_engine(options: argparse.Namespace) -> Engine:
+def _open_engine(options: argparse.Namespace, *, goes_on: bool) -> Engine:
     from edge_agent.runtime.engine import Engine
     from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
     from edge_agent.runtime.speed import Speed
 
     trusted = load_trusted_keys(options.trusted_key)
-    return Engine(open_signed_bundle(options.bundle, trusted), options.threads, Speed(large_pages=True))
+    return Engine(open_signed_bundle(options.bundle, trusted), options.threads, Speed(large_pages=goes_on))
 
 
 def _task_of(engine: Engine, wanted: str | None) -> str:

@@ -194,6 +194,7 @@ def _check_adapters(request: BuildRequest, board: Board) -> None:
         f"{board.name} computes in float16, whose range was measured without adapters": board.activations == "float16",
         "--kv int8 scales caches by what the shared weights bring forth": request.graph.kv == "int8",
         "--sweep scores the shared weights only": request.sweep_s is not None,
+        "--precision int8 has projections that an adapter's product is not added to": request.precision == "int8",
         "--drop-layers and --distil-into change the weights that the adapter was trained on": request.shrinking
         is not None,
     }

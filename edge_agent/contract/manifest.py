@@ -127,6 +127,8 @@ class ModelSpec(_Model):
             raise ValueError("graph interface 2, and only it, has windows and past_tokens")
         if static and (self.head is not None or self.ragged or self.score_at or self.alternatives):
             raise ValueError("a static graph has its head inside and takes one sequence")
+        if self.alternatives and not self.score_at:
+            raise ValueError("alternatives are of use only where several positions are scored")
         if (static or not self.adapter_inputs) and self.adapters:
             raise ValueError("adapters need a graph of interface 1 with adapter_inputs")
         return self

@@ -221,7 +221,7 @@ class Lane:
             (first + 1 + before, ask.tokens[first + 1 + place]): first + 1 + place
             for place, before in enumerate(follows)
         }
-        true: list[int] = []
+        came_true: list[int] = []
         walked = len(self._known.tokens)
         self._fed = list(self._known.tokens)
         while self._finished is None and at in by_offset:
@@ -229,12 +229,12 @@ class Lane:
             tokens = self._known.tokens
             while walked < len(tokens) and (at, tokens[walked]) in steps:
                 at = steps[at, tokens[walked]]
-                true.append(at)
+                came_true.append(at)
                 walked += 1
             self._fed += tokens[len(self._fed) : walked]
             if walked < len(tokens):
                 break  # the text went another way than any guess
-        return true
+        return came_true
 
     def _advance(self, scores: Scores | None) -> None:
         try:

@@ -205,14 +205,15 @@ class AnswerDrafts:
 
     def _grow(self, guess: _Growing, place: int, node: _Node, likely: float, ways: Sequence[Sequence[int]]) -> None:
         """Add what follows ``node``, which the guess holds at ``place``, the likeliest first."""
-        # One more visit than there was, and a share of it for each way that is known: what was seen once is not
-        # certain, and what was never seen is not impossible.
         share = 1.0 / len(ways) if ways else 0.0
         unseen = {way[0]: way for way in ways if way[0] not in node.after}
-        seen = node.visits + 1
-        following = [((one.visits + share) / seen, token) for token, one in node.after.items()]
-        following += [(share / seen, token) for token in unseen]
-        worth = sorted((one for one in following if self._pays(likely * one[0], 1)), reverse=True)
+        # One more visit than there was, and a share of it for each way that is known: what was seen once is not
+        # certain, and what was never seen is not impossible.
+        visits = node.visits + 1
+        following = [((one.visits + share) / visits, token) for token, one in node.after.items()]
+        following += [(share / visits, token) for token in unseen]
+        least = 1.0 / (1.0 + self._cost.fixed_tokens)  # of which not even a single token pays
+        worth = sorted((one for one in following if likely * one[0] > least), reverse=True)
         for chance, token in worth if guess.alternatives else worth[:1]:
             segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(node, token)
             if end is not None and not end.asked:

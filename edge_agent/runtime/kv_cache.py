@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.errors import PermanentError
+from edge_agent.runtime.drafts import MAX_DRAFT_TOKENS
 from edge_agent.runtime.library_errors import mapped
 from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import CACHE_DEVICES
@@ -32,8 +33,8 @@ KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.f
 MAX_SCORES = 128
 """Positions that one pass can score: the choices of a few answers."""
 MAX_PASS_TOKENS = 512
-"""Tokens that one row runs in a pass; longer texts take several. It bounds what attention holds between its two
-products, heads x tokens x positions: 29 MB for 14 heads and a context of 1024."""
+"""Tokens that one row runs in a pass; longer texts take several. It bounds what attention holds of a row between its
+two products, heads x tokens x capacity: 29 MB for 14 heads and a capacity of 1024."""
 
 _UNSEEN = np.float32(-1e30)
 """Added to a score of attention it leaves a weight of exactly 0."""
@@ -133,13 +134,13 @@ class KvCache:
         self.length = 0
         self.passes = 0
         self.scores_many = bool(spec.score_at)
-        self.takes_alternatives = bool(spec.alternatives)
+        device = CACHE_DEVICES.get(session.get_providers()[0], "cpu")
+        self.takes_alternatives = bool(spec.alternatives) and device == "cpu"
         self._session = session
         self._spec = spec
         self._adapter = adapter  # the bindings do not keep it alive
         self._run_options = graphs.limit.run_options
         scores = MAX_SCORES if self.scores_many else 1
-        device = CACHE_DEVICES.get(session.get_providers()[0], "cpu")
         shape = (2 * spec.num_layers, rows, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
             self._kv: KvSegment = _untouched(shape, KV_DTYPES[spec.kv_dtype])
@@ -148,7 +149,7 @@ class KvCache:
             self._counts = np.zeros(rows, np.int32)  # (rows,): real tokens of each row of the pass
             self._score_at = np.zeros((scores, 2), np.int64)
             self._positions = np.zeros((rows, capacity_tokens), np.int64)
-            self._bias = self._no_bias(min(capacity_tokens, MAX_PASS_TOKENS + MAX_SCORES))
+            self._bias = _untouched((self._bias_size(MAX_PASS_TOKENS + MAX_DRAFT_TOKENS),), np.float32)
             self._head = Head(graphs, scores) if graphs.head is not None else None
             self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
         except (MemoryError, OSError) as error:  # OSError: of the mapping
@@ -211,6 +212,8 @@ class KvCache:
         Raises:
             PermanentError: as `forward`.
         """
+        for one in passes:
+            self._check_fit(one.past, len(one.tokens))
         self._write_pass([self._run_beginning(one) for one in passes])
         starts = [0, *itertools.accumulate(len(one.score_at) for one in passes)]
         if self._head is not None:
@@ -291,18 +294,20 @@ class KvCache:
         positions = self._positions.reshape(-1)[: count * longest].reshape(count, longest)
         positions[:] = np.arange(longest)
         positions += np.array([[one.past] for one in passes])
-        if self._bias.size < longest * max(ends):
-            self._bias = self._no_bias(longest)
+        self._check_bias(longest)
         hidden = self._hide_alternatives(passes[0], positions[0])
         try:
             self._run_bound(first, count, longest, max(ends), len(places))
         finally:
             hidden[:] = 0
 
-    def _no_bias(self, tokens: int) -> NDArray[np.float32]:
-        """For passes of so many tokens. Zeros but while a pass holds alternatives: only read, they take no memory."""
-        bias: NDArray[np.float32] = _untouched((max(1, tokens * self.capacity_tokens),), np.float32)
-        return bias
+    def _bias_size(self, tokens: int) -> int:
+        """Numbers of a bias for so many tokens: zeros but while a pass holds alternatives; unwritten they are free."""
+        return max(1, min(tokens, self.capacity_tokens) * self.capacity_tokens)
+
+    def _check_bias(self, tokens: int) -> None:
+        if self._bias_size(tokens) > self._bias.size:
+            raise PermanentError("worker.context", f"a pass of {tokens} tokens that is scored early is too long")
 
     def _hide_alternatives(self, one: RowPass, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Let the last tokens of a pass see only what they follow, and count their positions from there.

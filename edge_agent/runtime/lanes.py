@@ -14,7 +14,7 @@ from typing import Protocol
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.decoder import Ask, Lane
 from edge_agent.runtime.drafts import PassCost
-from edge_agent.runtime.kv_cache import MAX_SCORES, Logits, RowPass
+from edge_agent.runtime.kv_cache import MAX_PASS_TOKENS, MAX_SCORES, Logits, RowPass
 
 
 class Rows(Protocol):
@@ -117,13 +117,15 @@ def _run(
         for row, _ in group:
             faults[row] = error
         return
-    cost.learn(len(group) * max(len(ask.tokens) for _, ask in group), time.monotonic() - began_s)
+    longest = max(len(ask.tokens) for _, ask in group)
+    if longest <= MAX_PASS_TOKENS:  # else it was several passes
+        cost.learn(len(group) * longest, time.monotonic() - began_s)
     for (row, ask), found in zip(group, scores, strict=True):
         try:
-            true = lanes[row].take(ask, found)
+            came_true = lanes[row].take(ask, found)
         except EdgeError as error:
             faults[row] = error
             continue
         if ask.follows:
             past = start + ask.keep
-            cache.gather(row, [past + at for at in true], past + ask.score_at[0] + 1)
+            cache.gather(row, [past + at for at in came_true], past + ask.score_at[0] + 1)

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS = Path("/proc/self/maps")
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_MADV_COLLAPSE = 25
+_NICE = 10
+_MAX_FAILURES = 3
+"""In a row, after which the memory is taken to be too full or too scattered for more."""
 _LARGEST_PAGE_BYTES = 4 << 20
 """Kernels with pages of 16 or 64 KB have large ones of 32 or 512 MB, of which much would stay empty."""
 
@@ -30,7 +34,7 @@ class LargePages:
     """
 
     def __init__(self, gather: Callable[[], object] | None = None) -> None:
-        self._gather = gather or gather_heap
+        self._gather = gather or _gather_in_the_background
         self._is_begun = False
 
     def gather_once(self) -> None:
@@ -57,12 +61,25 @@ def gather_heap(settings: Path = SETTINGS, maps: Path = MAPS) -> int:
     heap = _heap(maps) if page_bytes else None
     if heap is None:
         return 0
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    start, end = -(-heap[0] // page_bytes) * page_bytes, heap[1] // page_bytes * page_bytes
-    libc.madvise(start, max(0, end - start), _MADV_HUGEPAGE)
+    gathered = failures = 0
     # One at a time: a pass that runs meanwhile waits for one page, not for all.
-    return sum(page_bytes for at in range(start, end, page_bytes) if libc.madvise(at, page_bytes, _MADV_COLLAPSE) == 0)
+    for at in range(-(-heap[0] // page_bytes) * page_bytes, heap[1] // page_bytes * page_bytes, page_bytes):
+        if libc.madvise(at, page_bytes, _MADV_COLLAPSE) == 0:
+            gathered, failures = gathered + page_bytes, 0
+            continue
+        failures += 1
+        if failures == _MAX_FAILURES:  # every attempt has the kernel look for room, at others' cost
+            break
+    return gathered
+
+
+def _gather_in_the_background() -> None:
+    # Where a sandbox forbids it, the work is done at the process's own priority.
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + _NICE)
+    gather_heap()
 
 
 def large_page_bytes(settings: Path = SETTINGS) -> int:
@@ -76,13 +93,12 @@ def large_page_bytes(settings: Path = SETTINGS) -> int:
 
 
 def _heap(maps: Path) -> tuple[int, int] | None:
-    """First address of the heap, and the first behind it."""
+    """First address of the heap, which may lie in several parts side by side, and the first behind it."""
     try:
-        lines = maps.read_text().splitlines()
+        lines = maps.read_bytes().splitlines()  # names of mapped files may be of any bytes
     except OSError:
         return None
-    for line in lines:
-        if line.endswith("[heap]"):
-            first, _, behind = line.split(maxsplit=1)[0].partition("-")
-            return int(first, 16), int(behind, 16)
-    return None
+    parts = [line.split(maxsplit=1)[0].partition(b"-") for line in lines if line.endswith(b"[heap]")]
+    if not parts:
+        return None
+    return min(int(first, 16) for first, _, _ in parts), max(int(behind, 16) for _, _, behind in parts)

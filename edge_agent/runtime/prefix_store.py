@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import onnxruntime as ort
 
 from edge_agent.errors import EdgeError
 from edge_agent.fs import write_atomic
-from edge_agent.runtime.kv_cache import KvSegment
+from edge_agent.runtime.kv_cache import MAX_PASS_TOKENS, KvSegment
 
 MAX_HEADER_BYTES = 4096
 MAX_FILES = 16
@@ -46,8 +47,9 @@ class PrefixKey:
     threads: int
 
     def digest(self) -> str:
-        """Of everything that the numbers depend on: the key, ONNX Runtime's version, the kind of processor."""
+        """Of everything that the numbers depend on: the key, ONNX Runtime and its kernels, the kind of processor."""
         facts = [self.bundle, self.task, self.tokens, self.threads, ort.__version__, platform.machine(), _cpu_flags()]
+        facts += [MAX_PASS_TOKENS, os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION")]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

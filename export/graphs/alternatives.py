@@ -23,11 +23,12 @@ def add_alternatives(model: ModelProto) -> bool:
         model: graph of interface 1 for CPUs, changed in place; fp32 or quantised.
 
     Returns:
-        Whether it was changed: a layer with a sliding window counts positions by itself and would count them wrong.
+        Whether it was changed. A layer with a sliding window counts positions by itself and would count them wrong; one
+        that does not turn by positions would not be told them.
     """
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    if not attention or any(_has_window(node) for node in attention):
+    if not attention or any(_has_window(node) or not _turns(node) for node in attention):
         return False
     for node in attention:
         node.input.extend([""] * (_ATTENTION_BIAS_INPUT + 1 - len(node.input)))
@@ -45,3 +46,8 @@ def add_alternatives(model: ModelProto) -> bool:
 
 def _has_window(node: NodeProto) -> bool:
     return any(attribute.name == "local_window_size" and attribute.i > 0 for attribute in node.attribute)
+
+
+def _turns(node: NodeProto) -> bool:
+    """Whether it turns queries and keys by their positions itself."""
+    return any(attribute.name == "do_rotary" and attribute.i == 1 for attribute in node.attribute)

@@ -41,16 +41,15 @@ def score_chosen_positions(model: ModelProto) -> None:
     if not behind:
         raise PermanentError("export.graph_unexpected", "the graph has no fused attention before its last position")
     inside = {name for node in behind for name in node.output}
-    read = dict.fromkeys(name for node in behind for name in node.input)
+    outside = _of_the_tokens(model) - inside
     # [batch, seq, …] each: the attention's result, the residual stream beside it, and what goes with their rows.
-    for name in [name for name in read if name in _of_the_tokens(model) - inside]:
-        insert_before(model, behind[0], *_pick(name))
-        for node in behind:
+    for name in dict.fromkeys(name for node in behind for name in node.input if name in outside):
+        readers = [node for node in behind if name in node.input]
+        insert_before(model, readers[0], *_pick(name))
+        for node in readers:
             node.input[:] = [_picked(name) if one == name else one for one in node.input]
     behind[-1].output[:] = [pick.output[0] if one == pick.input[0] else one for one in behind[-1].output]
     graph.node.remove(pick)
-    for value in [value for value in graph.value_info if value.name in inside]:
-        graph.value_info.remove(value)  # its shape is another now
     _remove_idle(model)
     logits = next(output for output in graph.output if output.name == LOGITS)
     rows = logits.type.tensor_type.shape.dim[0]

@@ -140,7 +140,7 @@ def _hidden_size(model: ModelProto) -> int:
         if len(tensor.dims) == 1 and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
     }
     producers = {name: node for node in model.graph.node for name in node.output}
-    # Between the norm and the head positions are picked: by a Gather, or by a GatherND with its Unsqueeze.
+    # Between the norm and the head the last position may be picked, by a Gather or a GatherND.
     node = producers.get(LAST_HIDDEN)
     while node is not None:
         sizes = [vectors[name] for name in node.input if name in vectors]

@@ -12,6 +12,7 @@ seventh bit would cost 6, and the sum is exact on every processor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,11 +171,11 @@ def _hand_on_scale(model: ModelProto, name: str, rows: _Rows) -> None:
         product, scale = scaled.input
         made.input[place] = product
         model.graph.node.remove(scaled)
-        both = f"{rows.scale}.both"
+        whole = f"{rows.scale}.handed_on"
         owed = [node for node in _readers(model, rows.scale) if _is_scaling(node)]
-        insert_before(model, owed[0], helper.make_node("Mul", [rows.scale, scale], [both], name=both))
+        insert_before(model, owed[0], helper.make_node("Mul", [rows.scale, scale], [whole], name=whole))
         for node in owed:
-            node.input[1] = both
+            node.input[1] = whole
         return
 
 
@@ -194,26 +195,39 @@ def _hides_nan(model: ModelProto, name: str) -> bool:
     """Whether a NaN of this tensor would be lost by rounding, and with it what the logits should have told.
 
     Between a norm and the sum with the residual stream it would not: what the norm made a NaN of is in the stream,
-    which carries it to the logits by itself, and finite numbers give no NaN there. Keys and values, however, are read
-    by other positions, and what attention gives is not in the stream yet.
+    which carries it to the logits by itself, and there finite weights (others are refused when a checkpoint is opened)
+    make no NaN of finite numbers. Keys and values, however, are read by other positions, and what attention gives is
+    not in the stream yet.
     """
     graph = model.graph
-    if not any(name in node.output and node.op_type != _ATTENTION for node in graph.node):
-        return True
     stored = {tensor.name for tensor in graph.initializer}
-    pending, seen = [name], {name}
+    between = [node for node in graph.node if not _is_residual_sum(node, stored)]
+    made, read = ({one.name for one in values} for values in (graph.input, graph.output))
+    if name in made:
+        return True
+    before = _reached(name, [(node.output, node.input, node.op_type) for node in between])
+    behind = _reached(name, [(node.input, node.output, node.op_type) for node in between])
+    return before is None or behind is None or not behind.isdisjoint(read)
+
+
+def _reached(name: str, steps: list[tuple[Sequence[str], Sequence[str], str]]) -> set[str] | None:
+    """Tensors that are reached from one, itself included; None where attention is on the way.
+
+    Args:
+        name: where to begin.
+        steps: of each node the names to come from, those to go to, and its kind.
+    """
+    found, pending = {name}, [name]
     while pending:
         tensor = pending.pop()
-        if any(tensor == output.name for output in graph.output):
-            return True
-        for node in graph.node:
-            if tensor not in node.input or _is_residual_sum(node, stored):
+        for sources, targets, kind in steps:
+            if tensor not in sources:
                 continue
-            if node.op_type == _ATTENTION:
-                return True
-            pending += [output for output in node.output if output not in seen]
-            seen.update(node.output)
-    return False
+            if kind == _ATTENTION:
+                return None
+            pending += [target for target in targets if target not in found]
+            found.update(targets)
+    return found
 
 
 def _is_residual_sum(node: NodeProto, stored: set[str]) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edge_agent.contract.manifest import read_manifest
@@ -14,7 +15,7 @@ from edge_agent.runtime.session import ModelSession
 from export.checkpoint.synth import synthesise
 from export.request import GraphOptions
 from tests.export.conftest import TASK, TINY, Build
-from tests.export.test_engine_graph import SHAPES
+from tests.export.test_parity import TESTED, make_checkpoint
 
 CAPACITY = 200
 TRUNK = [7, 9, 11, 13, 15]
@@ -24,9 +25,8 @@ FOLLOWS = [-1, 0, 1, -1, 3, 2, 5, 6, 7]  # NO follows the trunk, BEYOND follows 
 NEAR = {"fp32": 1e-3, "int8": 0.05}
 
 
-def built(make_bundle: Build, like: str, changes: dict[str, Any], folder: Path, **options: Any) -> Path:
-    shape = {**TINY, **{name: value for name, value in changes.items() if name != "num_hidden_layers"}}
-    synthesise(like, folder / "checkpoint", layers=changes.get("num_hidden_layers", 2), **shape)
+def built(make_bundle: Build, folder: Path, **options: Any) -> Path:
+    synthesise("smollm2-135m", folder / "checkpoint", layers=2, **TINY)
     (folder / "task").mkdir()
     (folder / "task" / "task.yaml").write_text(TASK)
     out = folder / "bundle"
@@ -38,7 +38,7 @@ def built(make_bundle: Build, like: str, changes: dict[str, Any], folder: Path, 
 def session(request: pytest.FixtureRequest, make_bundle: Build, tmp_path_factory: pytest.TempPathFactory) -> Any:
     precision, _, kv = request.param.partition("-")
     options = {"graph": GraphOptions(kv="int8")} if kv else {}
-    out = built(make_bundle, "smollm2-135m", {}, tmp_path_factory.mktemp("bundle"), precision=precision, **options)
+    out = built(make_bundle, tmp_path_factory.mktemp("bundle"), precision=precision, **options)
     spec = read_manifest(out)[0].model
     assert spec.alternatives
     return ModelSession(out, read_manifest(out)[0], 1), NEAR[precision]
@@ -65,6 +65,17 @@ def test_each_way_is_scored_as_if_it_were_alone(session: Any) -> None:
     assert np.abs(found[1] - found[2]).max() > 0.1 * np.abs(found[1]).max(), "the ways differ"
 
 
+def test_rows_of_different_lengths_go_on_together(session: Any) -> None:
+    model, near = session
+    cache = model.new_cache(CAPACITY, rows=2)
+    texts = [[*range(60, 79)], [*range(90, 97)]]
+    for row, text in enumerate(texts):
+        cache.run([RowPass(row, 0, text, [len(text) - 1])])
+    found = cache.run([RowPass(row, len(text), [51, 52 + row], [1]) for row, text in enumerate(texts)])
+    for row, (text, scores) in enumerate(zip(texts, found, strict=True)):
+        assert_near(scores[0], plainly(model, [*text, 51, 52 + row]), near)
+
+
 @pytest.mark.parametrize("true", [[0, 1, 2], [3, 4], [0, 1, 2, 5, 6, 7, 8], [0], [3], []], ids=str)
 def test_text_goes_on_from_the_way_that_came_true(session: Any, true: list[int]) -> None:
     model, near = session
@@ -86,13 +97,19 @@ def test_a_pass_after_alternatives_hides_nothing_any_more(session: Any) -> None:
     assert_near(found[1][0], plainly(model, long[:3]), near)
 
 
-@pytest.mark.parametrize(("like", "changes"), SHAPES, ids=[like for like, _ in SHAPES])
-def test_every_shape_takes_them_but_those_with_a_sliding_window(
+@pytest.mark.parametrize(("like", "changes"), TESTED, ids=[f"{like}-{n}" for n, (like, _) in enumerate(TESTED)])
+def test_every_architecture_takes_them_but_for_sliding_windows(
     like: str, changes: dict[str, Any], make_bundle: Build, tmp_path: Path
 ) -> None:
-    out = built(make_bundle, like, changes, tmp_path, precision="fp32")
+    make_checkpoint(tmp_path / "checkpoint", like, changes)
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "task.yaml").write_text(TASK)
+    out = tmp_path / "bundle"
+    tasks = (tmp_path / "task",)
+    make_bundle(out, checkpoint=tmp_path / "checkpoint", tasks=tasks, precision="fp32", allow_large=True)
+    onnx.checker.check_model(str(out / "model/decoder.onnx"))
     manifest = read_manifest(out)[0]
-    assert bool(manifest.model.alternatives) == ("sliding_window" not in changes)
+    assert bool(manifest.model.alternatives) == (not changes.get("sliding_window"))
     cache = ModelSession(out, manifest, 1).new_cache(CAPACITY)
     assert isinstance(cache, KvCache)
     if not cache.takes_alternatives:

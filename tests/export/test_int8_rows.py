@@ -36,6 +36,7 @@ from export.tasks import open_tasks
 from tests.export.conftest import TASK, TINY, Build
 from tests.export.test_build_options import report_of
 from tests.export.test_engine_graph import CONTEXT, KEPT, SHAPES, VOCAB, Rows, logits, session
+from tests.export.test_parity import TESTED, make_checkpoint
 
 Floats = npt.NDArray[np.float32]
 INPUTS, OUTPUTS = 192, 80
@@ -135,12 +136,11 @@ def test_nan_anywhere_in_a_row_is_not_hidden_and_stays_in_its_row(inputs: int) -
         assert np.isfinite(product[0, [0, 2]]).all()
 
 
-@pytest.mark.parametrize(("like", "changes"), SHAPES, ids=[like for like, _ in SHAPES])
+@pytest.mark.parametrize(("like", "changes"), TESTED, ids=[f"{like}-{n}" for n, (like, _) in enumerate(TESTED)])
 def test_nan_of_an_earlier_token_reaches_the_scores(like: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    layers = changes.get("num_hidden_layers", 2)
-    shape = {**TINY, **{k: v for k, v in changes.items() if k != "num_hidden_layers"}, "tie_word_embeddings": False}
-    synthesise(like, tmp_path / "checkpoint", layers=layers, **shape)
-    model = build_fp32(open_checkpoint(tmp_path / "checkpoint"), CONTEXT)
+    make_checkpoint(tmp_path / "checkpoint", like, {**changes, "tie_word_embeddings": False})
+    model = build_fp32(open_checkpoint(tmp_path / "checkpoint", allow_large=True), CONTEXT)
+    layers = graph_shape(model).num_layers
     quantise_rows(model)
     means = sum(node.op_type == "ReduceMean" and node.name.endswith(".mean") for node in model.graph.node)
     assert means == 2 * layers, "what attention reads and what it gives; the rest is carried by the residual stream"
@@ -223,7 +223,7 @@ def test_projections_side_by_side_are_taken_apart_with_the_same_numbers(llama: P
     assert kinds[1].count("QuantizeLinear") == 4 * layers, "gate and up share the quantised input"
     assert kinds[1].count("MatMulIntegerToFloat") == 5 * layers
     assert sum(node.name.endswith("_row_scale") for node in fused.graph.node) == 4 * layers, "up's is handed on"
-    assert sum(node.name.endswith(".both") for node in fused.graph.node) == layers
+    assert sum(node.name.endswith(".handed_on") for node in fused.graph.node) == layers
     assert np.array_equal(logits(apart), logits(fused))
 
 

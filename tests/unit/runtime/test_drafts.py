@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_agent.runtime.drafts import MAX_NODES, AnswerDrafts, PassCost
+from edge_agent.runtime.drafts import MAX_DRAFT_SCORES, MAX_DRAFT_TOKENS, MAX_NODES, AnswerDrafts, PassCost
 
 # Two fields: scores are asked for after the opening (1 token) and after the first value with what it forces (4 tokens).
 RIGHT = [10, 21, 30, 31, 41, 50]
@@ -40,6 +40,76 @@ def test_the_usual_answer_is_proposed_up_to_its_last_choice() -> None:
 def test_a_guess_that_is_hardly_ever_right_is_not_made() -> None:
     many = [[10, 100 + n, 30, 31, 41, 50] for n in range(40)]
     assert chain(drafts_of(*many), [10], []) == ([], [])
+
+
+def tree(
+    drafts: AnswerDrafts, answer: list[int], ways: tuple[tuple[int, ...], ...] = ()
+) -> list[tuple[list[int], bool]]:
+    """Each guess from its first token to where scores are asked for, and whether it follows the answer itself."""
+    guess = drafts.propose(answer, [], ways, alternatives=True)
+    found = []
+    for end in guess.asks:
+        segment, at = [guess.tokens[end]], guess.follows[end]
+        while at >= 0 and at not in guess.asks:
+            segment.append(guess.tokens[at])
+            at = guess.follows[at]
+        found.append((segment[::-1], at < 0))
+    return found
+
+
+def test_of_two_ways_that_are_known_both_are_tried_unseen() -> None:
+    ways = ((21, 30, 31), (22, 32, 33))
+    assert sorted(tree(AnswerDrafts(PassCost()), [10], ways)) == [([21, 30, 31], True), ([22, 32, 33], True)]
+    assert sorted(tree(AnswerDrafts(PassCost(), remembers=False), [10], ways)) == [(list(way), True) for way in ways]
+
+
+def test_of_many_ways_none_is_tried_unseen() -> None:
+    ways = tuple((20 + number, *range(40)) for number in range(4))
+    assert tree(AnswerDrafts(PassCost()), [10], ways) == []
+
+
+def test_a_way_that_was_never_seen_is_given_up_as_answers_come() -> None:
+    drafts, ways = drafts_of(*[RIGHT] * 20), ((21, 30, 31), (22, 32, 33))
+    assert tree(drafts, [10], ways) == [([21, 30, 31], True)]
+
+
+def test_usual_ways_are_tried_side_by_side_the_likeliest_first_and_followed_on() -> None:
+    longer = AnswerDrafts(PassCost())
+    for number in range(30):
+        first, second = ([21, 30], [22, 32]) if number % 5 else ([22, 32], [21, 30])
+        longer.learn([10, *first, 41, 42, 50], (1, 3, 5))
+        longer.learn([10, *second, 43, 44, 50], (1, 3, 5)) if number % 2 else None
+    found = tree(longer, [10])
+    assert [segment for segment, is_first in found if is_first] == [[21, 30], [22, 32]]
+    assert [segment for segment, is_first in found if not is_first], "what follows the likeliest is guessed as well"
+    guess = longer.propose([10], [], alternatives=True)
+    assert guess.tokens[:2] == (21, 30), "the likeliest way lies where it would lie alone"
+    assert guess.follows[:2] == (-1, 0)
+
+
+def test_a_memory_that_is_switched_off_learns_nothing() -> None:
+    drafts = AnswerDrafts(PassCost(), remembers=False)
+    for _ in range(9):
+        drafts.learn(RIGHT, ASKED)
+    assert tree(drafts, [10]) == []
+
+
+def test_a_tree_is_bounded() -> None:
+    ways = ((21, *range(100, 140)), (22, *range(200, 240)), (23, *range(300, 340)))
+    cost = PassCost()
+    for tokens in (1, 7, 45, 3, 70, 9, 20, 45, 8, 60):
+        cost.learn(tokens, 0.001 * (64 + 0.1 * tokens))
+    guess = AnswerDrafts(cost, remembers=False).propose([10], [], ways, alternatives=True)
+    assert 0 < len(guess.tokens) <= MAX_DRAFT_TOKENS
+    assert len(guess.asks) <= MAX_DRAFT_SCORES
+
+
+def test_a_tree_that_is_cut_keeps_only_what_is_whole() -> None:
+    ways = ((21, 30, 31), (22, 32, 33))
+    guess = AnswerDrafts(PassCost(), remembers=False).propose([10], [], ways, alternatives=True)
+    cut = guess.first(4)
+    assert (len(cut.tokens), len(cut.follows), cut.asks) == (4, 4, (2,))
+    assert guess.first(3).has_alternatives is False
 
 
 def test_an_answer_that_was_never_given_has_no_continuation() -> None:

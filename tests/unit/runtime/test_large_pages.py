@@ -16,7 +16,7 @@ GROW = """
 import ctypes, hashlib, sys
 from edge_agent.runtime.large_pages import gather_heap
 libc = ctypes.CDLL(None)
-libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what follows lies on the heap, as a model's weights do
+libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what follows lies on the heap
 blocks = [bytearray(bytes([number % 251]) * (1 << 20)) for number in range(64)]
 before = [hashlib.sha256(block).hexdigest() for block in blocks]
 gathered = gather_heap()
@@ -71,5 +71,17 @@ def test_it_happens_once() -> None:
     pages = LargePages(gather)
     for _ in range(3):
         pages.gather_once()
-    assert done.wait(5)
+        assert done.wait(5)
+    for thread in threading.enumerate():
+        if thread.name == "large-pages":
+            thread.join(5)
     assert calls == [1]
+
+
+def test_heap_in_several_parts_is_taken_as_a_whole(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    # Addresses that nobody has: every attempt fails, and the third is the last.
+    maps.write_bytes(
+        b"7ff000000000-7ff000200000 rw-p 0 00:00 0 [heap]\n7ff000200000-7ff010000000 rw-p 0 00:00 0 [heap]\n\xff\n"
+    )
+    assert gather_heap(maps=maps) == 0
