@@ -24,11 +24,12 @@ def add_alternatives(model: ModelProto) -> bool:
 
     Returns:
         Whether it was changed. A layer with a sliding window counts positions by itself and would count them wrong; one
-        that does not turn by positions would not be told them.
+        that does not turn by positions would not be told them; one with int8 caches would take a kernel three times
+        slower, for every pass.
     """
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    if not attention or any(_has_window(node) or not _turns(node) for node in attention):
+    if not attention or any(_has_window(node) or not _turns(node) or _has_int8_caches(node) for node in attention):
         return False
     for node in attention:
         node.input.extend([""] * (_ATTENTION_BIAS_INPUT + 1 - len(node.input)))
@@ -46,6 +47,10 @@ def add_alternatives(model: ModelProto) -> bool:
 
 def _has_window(node: NodeProto) -> bool:
     return any(attribute.name == "local_window_size" and attribute.i > 0 for attribute in node.attribute)
+
+
+def _has_int8_caches(node: NodeProto) -> bool:
+    return any(attribute.name == "k_quant_type" and attribute.s not in {b"", b"NONE"} for attribute in node.attribute)
 
 
 def _turns(node: NodeProto) -> bool:

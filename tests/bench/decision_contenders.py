@@ -114,9 +114,9 @@ def make_own_bundles(
 
 
 def bundle_for_tokens(shape: str, checkpoint: Path) -> OurBundle:
-    """Ours in the form for texts that are written token by token: four bits, and caches of which a token reads less."""
-    options = [*head_of(shape, checkpoint), "--kv", "int8"]
-    return decision_bundle(f"{shape}-int8-caches", checkpoint, decision_task(), "int4", options)
+    """Ours in the form for texts that are written token by token: of weights and caches, a token reads the least."""
+    options = [*head_of(shape, checkpoint), "--block-size", "128", "--kv", "int8"]
+    return decision_bundle(f"{shape}-tokens", checkpoint, decision_task(), "int4", options)
 
 
 def head_of(shape: str, checkpoint: Path) -> list[str | Path]:

@@ -37,7 +37,7 @@ from tests.bench.made import HERE, python_module
 
 DEPTH = 256
 OURS_INT8 = f"{OURS_PRUNED}, eight bits"
-OURS_INT8_KV = f"{OURS_PRUNED}, int8 caches"
+OURS_TOKENS = f"{OURS_PRUNED}, blocks of 128, int8 caches"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,17 +84,17 @@ def passes_figures(made: DecisionContenders, rounds: int, steps: int, threads: i
     say(f"{made.name}: one-token passes and prefill, {rounds} rounds")
     python = attempt(llama_cpp_python, say)
     shape = MODELS[made.name]
-    small_caches: OurBundle | Missing = Missing("the trained model has no figures of this kind")
+    for_tokens: OurBundle | Missing = Missing("the trained model has no figures of this kind")
     if shape is not None:
-        small_caches = attempt(lambda: bundle_for_tokens(shape, made.checkpoint), say)
-    contenders = (made.ours, made.ours_int4, small_caches, made.llama, python)
+        for_tokens = attempt(lambda: bundle_for_tokens(shape, made.checkpoint), say)
+    contenders = (made.ours, made.ours_int4, for_tokens, made.llama, python)
     missing = next((part for part in contenders if isinstance(part, Missing)), None)
     speeds: dict[str, Speeds] | Missing = missing or Missing("left out")
     ours, ours_int4 = made.ours, made.ours_int4
     if (
         isinstance(ours, OurBundle)
         and isinstance(ours_int4, OurBundle)
-        and isinstance(small_caches, OurBundle)
+        and isinstance(for_tokens, OurBundle)
         and isinstance(made.llama, LlamaServer)
         and isinstance(python, Path)
     ):
@@ -102,7 +102,7 @@ def passes_figures(made: DecisionContenders, rounds: int, steps: int, threads: i
         commands: dict[str, Command] = {
             OURS_PRUNED: python_module("tests.bench.decode_passes", "fused", ours_int4.path, *options),
             OURS_INT8: python_module("tests.bench.decode_passes", "fused", ours.path, *options),
-            OURS_INT8_KV: python_module("tests.bench.decode_passes", "fused", small_caches.path, *options),
+            OURS_TOKENS: python_module("tests.bench.decode_passes", "fused", for_tokens.path, *options),
             LLAMA_CPP: [python, HERE / "llama_cpp_passes.py", made.llama.gguf, *options],
         }
         speeds = attempt(lambda: take_passes(commands, rounds, ROOT), say)
@@ -118,8 +118,8 @@ def _passes(name: str, speeds: dict[str, Speeds] | Missing) -> Iterator[Figure]:
         samples = {engine: getattr(found, f"{what}_tok_per_s")[DEPTH] for engine, found in speeds.items()}
         # Each with the form that an exporter would choose for it: four bits and small caches read least, eight bits
         # multiply fastest.
-        best = OURS_INT8_KV if what == "decode" else OURS_INT8
-        slugs = {OURS_INT8_KV: "ours_int8_kv", OURS_PRUNED: "ours_int4", OURS_INT8: "ours_int8"}
+        best = OURS_TOKENS if what == "decode" else OURS_INT8
+        slugs = {OURS_TOKENS: "ours_tokens", OURS_PRUNED: "ours_int4", OURS_INT8: "ours_int8"}
         for engine in sorted(slugs, key=lambda engine: engine != best):
             value, spread = from_samples(paired_ratios(samples[engine], samples[LLAMA_CPP]))
             title = f"{label}, {engine} / llama.cpp"

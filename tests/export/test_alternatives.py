@@ -34,14 +34,16 @@ def built(make_bundle: Build, folder: Path, **options: Any) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int8-kv"])
+@pytest.fixture(scope="module", params=["fp32", "int8"])
 def session(request: pytest.FixtureRequest, make_bundle: Build, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    precision, _, kv = request.param.partition("-")
-    options = {"graph": GraphOptions(kv="int8")} if kv else {}
-    out = built(make_bundle, tmp_path_factory.mktemp("bundle"), precision=precision, **options)
-    spec = read_manifest(out)[0].model
-    assert spec.alternatives
-    return ModelSession(out, read_manifest(out)[0], 1), NEAR[precision]
+    out = built(make_bundle, tmp_path_factory.mktemp("bundle"), precision=request.param)
+    assert read_manifest(out)[0].model.alternatives
+    return ModelSession(out, read_manifest(out)[0], 1), NEAR[request.param]
+
+
+def test_int8_caches_go_without(make_bundle: Build, tmp_path: Path) -> None:
+    out = built(make_bundle, tmp_path, precision="fp32", graph=GraphOptions(kv="int8"))
+    assert read_manifest(out)[0].model.alternatives is None
 
 
 def plainly(session: ModelSession, text: list[int]) -> Any:
