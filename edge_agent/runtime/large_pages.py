@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS = Path("/proc/self/maps")
 _MADV_COLLAPSE = 25
-_NICE = 10
 _MAX_FAILURES = 3
 """In a row, after which the memory is taken to be too full or too scattered for more."""
 _LARGEST_PAGE_BYTES = 4 << 20
@@ -34,7 +32,8 @@ class LargePages:
     """
 
     def __init__(self, gather: Callable[[], object] | None = None) -> None:
-        self._gather = gather or _gather_in_the_background
+        # At the process's own priority: a thread that stood back would take seconds beside busy ones, not a fraction.
+        self._gather = gather or gather_heap
         self._is_begun = False
 
     def gather_once(self) -> None:
@@ -73,13 +72,6 @@ def gather_heap(settings: Path = SETTINGS, maps: Path = MAPS) -> int:
         if failures == _MAX_FAILURES:  # every attempt has the kernel look for room, at others' cost
             break
     return gathered
-
-
-def _gather_in_the_background() -> None:
-    # Where a sandbox forbids it, the work is done at the process's own priority.
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + _NICE)
-    gather_heap()
 
 
 def large_page_bytes(settings: Path = SETTINGS) -> int:

@@ -115,7 +115,7 @@ def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[For
     events = Speed(drafts=False, alternatives=False, together=1)
     ways = Speed(drafts=False, together=1)
     everything = Speed(together=1)
-    on_large_pages, sharing = Engine(eight, threads, everything), Engine(eight, threads, Speed())
+    on_large_pages = [Engine(eight, threads, speed) for speed in (PLAIN, events, ways, everything, Speed())]
     gather_heap()  # what is loaded from here on lies on small pages
     plain = Engine(four, threads, PLAIN)
     return [
@@ -123,11 +123,11 @@ def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[For
         Form("+ the prefix is kept", one_by_one(plain, keeps_prefix=True)),
         Form("+ forced tokens ride along", fully(plain)),
         Form("+ eight bits by rows", fully(Engine(eight, threads, PLAIN))),
-        Form("+ what events begin with is kept", fully(Engine(eight, threads, events))),
-        Form("+ both ways of a yes or no are tried at once", fully(Engine(eight, threads, ways))),
-        Form("+ probable answers are checked in one pass", fully(Engine(eight, threads, everything))),
-        Form("+ the weights lie on large pages", fully(on_large_pages)),
-        Form("+ waiting events share passes", fully(sharing), BACKLOG),
+        Form("+ the weights lie on large pages", fully(on_large_pages[0])),
+        Form("+ what events begin with is kept", fully(on_large_pages[1])),
+        Form("+ both ways of a yes or no are tried at once", fully(on_large_pages[2])),
+        Form("+ probable answers are checked in one pass", fully(on_large_pages[3])),
+        Form("+ waiting events share passes", fully(on_large_pages[4]), BACKLOG),
     ]
 
 
