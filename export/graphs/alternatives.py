@@ -24,8 +24,8 @@ def add_alternatives(model: ModelProto) -> bool:
 
     Returns:
         Whether it was changed. A layer with a sliding window counts positions by itself and would count them wrong; one
-        that does not turn by positions would not be told them; one with int8 caches would take a kernel three times
-        slower, for every pass.
+        that does not turn by positions would not be told them. Int8 caches are for texts that are written token by
+        token, where the bias costs 4 % of a pass and alternatives gain nothing.
     """
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]

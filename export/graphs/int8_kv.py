@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from edge_agent.errors import PermanentError
+from edge_agent.errors import PermanentError, RefusedError
 from export.graphs.graph import graph_shape
 
 Floats = npt.NDArray[np.float32]
@@ -27,7 +27,12 @@ def measure_kv_scales(model: ModelProto, prompts: Sequence[Sequence[int]]) -> di
 
     Returns:
         ``<layer>.key|value`` to scale, float32 [1, kv_heads, 1, head_dim]: the largest magnitude is 127 of them.
+
+    Raises:
+        RefusedError: ``export.calibration_missing`` without prompts: every key and value would be cut to nothing.
     """
+    if not prompts:
+        raise RefusedError("export.calibration_missing", "there is no text to measure the scales of int8 caches on")
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     shape = graph_shape(model)
     names = [f"{layer}.{half}" for layer in range(shape.num_layers) for half in ("key", "value")]

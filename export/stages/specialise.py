@@ -71,7 +71,8 @@ def specialise(
         adapted: outputs of stage *adapt*, where tasks have adapters.
 
     Raises:
-        EdgeError: ``export.vocab_*``, ``tokenizer.no_bytes``, ``export.graph_unexpected``.
+        EdgeError: ``export.vocab_*``, ``export.calibration_missing``, ``tokenizer.no_bytes``,
+            ``export.graph_unexpected``.
     """
     (folder / MODEL_DIR).mkdir()
     changes: dict[str, Any] = {}

@@ -61,6 +61,15 @@ def test_coarse_rows_make_the_file_smaller(make_bundle: Build, events: Path, pla
     assert sizes["int2"] < 0.85 * sizes["int4"]
 
 
+def test_int8_caches_without_a_text_to_measure_them_on_are_refused(
+    make_bundle: Build, plain_task: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(EdgeError) as caught:
+        make_bundle(tmp_path / "bundle", graph=GraphOptions(kv="int8"), tasks=plain_task)
+    assert caught.value.code == "export.calibration_missing"
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize(
     ("graph", "field", "value"),
     [
