@@ -19,6 +19,7 @@ from edge_agent.runtime.adapter import read_adapter, task_adapter
 from edge_agent.runtime.answer import Answer
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.speed import PLAIN, Speed
 from export.checkpoint.peft import ARCHITECTURES, CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from export.checkpoint.source import open_checkpoint
 from export.graphs.fusions import fuse_projections
@@ -145,8 +146,8 @@ def merged_checkpoint(llama: Path, adapter: Path, tmp_path_factory: pytest.TempP
         return Path(shutil.copytree(whole.path, folder / "checkpoint"))
 
 
-def engine_on(bundle: Path) -> Engine:
-    return Engine(open_installed_bundle(bundle, read_manifest(bundle)[1]), threads=1)
+def engine_on(bundle: Path, speed: Speed = Speed()) -> Engine:  # noqa: B008 - frozen
+    return Engine(open_installed_bundle(bundle, read_manifest(bundle)[1]), threads=1, speed=speed)
 
 
 def answers(engine: Engine, task: str) -> list[Answer]:
@@ -163,7 +164,8 @@ def about(found: list[Answer]) -> list[tuple[dict[str, Any], Any]]:
 
 
 def test_a_task_without_adapter_answers_bit_for_bit_as_in_a_bundle_without_adapters(plain: Path, adapted: Path) -> None:
-    assert said(answers(engine_on(adapted), "sort")) == said(answers(engine_on(plain), "sort"))
+    # Without guesses, whose passes have other lengths from answer to answer.
+    assert said(answers(engine_on(adapted, PLAIN), "sort")) == said(answers(engine_on(plain, PLAIN), "sort"))
 
 
 @pytest.fixture(scope="module")
