@@ -17,7 +17,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class VerifiedBundle:
-    """A bundle whose manifest is trusted and whose files match it. Only this module and `signed_bundle` make them.
+    """A bundle whose manifest is trusted and whose files match it. Only this module makes them.
 
     Args:
         path: the bundle's directory.
@@ -51,9 +51,23 @@ def open_installed_bundle(path: Path, expected_digest: str) -> VerifiedBundle:
         raise IntegrityError(
             "bundle.digest_mismatch", f"manifest hashes to {digest[:12]}…, not {expected_digest[:12]}…", path=str(path)
         )
+    return verify_contents(path, manifest_bytes)
+
+
+def verify_contents(path: Path, manifest_bytes: bytes) -> VerifiedBundle:
+    """Hold every file of a bundle against a manifest that is trusted already.
+
+    Args:
+        path: the bundle's directory.
+        manifest_bytes: the manifest, whose signature or digest the caller has checked.
+
+    Raises:
+        IntegrityError: ``bundle.manifest_invalid`` or a ``bundle.file_*`` code.
+        RefusedError: ``bundle.format_unsupported``.
+    """
     manifest = parse_manifest(manifest_bytes)
     verify_files(path, manifest)
-    return VerifiedBundle(path, manifest, digest)
+    return VerifiedBundle(path, manifest, manifest_digest(manifest_bytes))
 
 
 def read_bounded(path: Path, missing_code: str) -> bytes:

@@ -11,9 +11,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.contract.dsse import MANIFEST_TYPE, load_public_key, open_envelope
-from edge_agent.contract.manifest import MANIFEST_NAME, SIGNATURE_NAME, manifest_digest, parse_manifest, verify_files
+from edge_agent.contract.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from edge_agent.errors import IntegrityError, PermanentError, from_os_error
-from edge_agent.runtime.bundle import VerifiedBundle, read_bounded
+from edge_agent.runtime.bundle import VerifiedBundle, read_bounded, verify_contents
 
 PACKAGED_KEYS = Path(__file__).resolve().parent.parent / "keys"
 MAX_KEY_BYTES = 64 << 10
@@ -40,9 +40,7 @@ def open_signed_bundle(path: Path, trusted_keys: Sequence[Ed25519PublicKey]) -> 
     signed = open_envelope(envelope, MANIFEST_TYPE, trusted_keys)
     if signed != manifest_bytes:
         raise IntegrityError("bundle.manifest_mismatch", f"{MANIFEST_NAME} differs from what was signed")
-    manifest = parse_manifest(signed)
-    verify_files(path, manifest)
-    return VerifiedBundle(path, manifest, manifest_digest(signed))
+    return verify_contents(path, signed)
 
 
 def default_trust_places() -> tuple[Path, ...]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.task import TaskSpec
+from edge_agent.runtime.bundle import VerifiedBundle
+from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 from tests.bench.attempts import Missing, Say, attempt
 from tests.bench.cache import ROOT, cached, files_digest, versions_of
 from tests.bench.decision_task import decision_task, load_decision_task
@@ -39,6 +41,10 @@ class OurBundle:
 
     path: Path
     signer: Path | None
+
+    def verified(self) -> VerifiedBundle:
+        """Its signature checked and every file hashed."""
+        return open_signed_bundle(self.path, load_trusted_keys([self.signer] if self.signer else []))
 
 
 @dataclass(frozen=True)

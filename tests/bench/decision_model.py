@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 
 from edge_agent.contract.task import TaskSpec
-from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 from tests.bench.answer_grammars import gbnf, regex
 from tests.bench.attempts import Missing, Say, attempt
 from tests.bench.cache import CACHE
@@ -358,8 +357,7 @@ def _run_ours(bundle: OurBundle, job: Job, *, with_drafts: bool) -> EngineRun:
     prefixes.mkdir(mode=0o700, exist_ok=True)
     options: list[str | Path] = ["--prefix-dir", prefixes, *([] if with_drafts else ["--without-drafts"])]
     # Whose it is, is asked when a bundle is installed; a worker starts from the digest of what was.
-    installed = open_signed_bundle(bundle.path, load_trusted_keys([bundle.signer] if bundle.signer else []))
-    options += ["--digest", installed.digest]
+    options += ["--digest", bundle.verified().digest]
     return run_program(
         [*python_module("tests.bench.engine_decisions", bundle.path, _job_file(job)), *options], environment()
     )

@@ -34,7 +34,6 @@ from edge_agent.runtime.decoder import decode
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.large_pages import gather_heap
-from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.speed import PLAIN, Speed
 from tests.bench.attempts import Missing
 from tests.bench.cache import ROOT
@@ -175,7 +174,7 @@ def opened(bundle: OurBundle | Missing) -> VerifiedBundle:
     """
     if isinstance(bundle, Missing):
         raise SystemExit(bundle.why)
-    return open_signed_bundle(bundle.path, load_trusted_keys([bundle.signer] if bundle.signer else []))
+    return bundle.verified()
 
 
 def rewrite(page: Path, mark: str, lines: Sequence[str]) -> None:

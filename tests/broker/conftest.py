@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.settings import MqttSettings, SpoolSettings
-from tests.fakes.brokers import BrokerProcess, amqtt, mosquitto
+from tests.fakes.brokers import BrokerProcess, amqtt, mosquitto, running
 from tests.fakes.cut_proxy import CutProxy
 from tests.fakes.mqtt_peer import Peer
 from tests.fakes.node import Node
@@ -16,18 +16,12 @@ from tests.fakes.node import Node
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
-    started = mosquitto(tmp_path)
-    started.start()
-    yield started
-    started.stop()
+    yield from running(mosquitto(tmp_path))
 
 
 @pytest.fixture
 def old_broker(tmp_path: Path) -> Iterator[BrokerProcess]:
-    started = amqtt(tmp_path)
-    started.start()
-    yield started
-    started.stop()
+    yield from running(amqtt(tmp_path))
 
 
 @pytest.fixture

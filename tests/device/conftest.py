@@ -13,7 +13,7 @@ from edge_agent.contract.manifest import read_manifest
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
 from edge_agent.settings import WorkerSettings
-from tests.fakes.brokers import BrokerProcess, mosquitto
+from tests.fakes.brokers import BrokerProcess, mosquitto, running
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.daemon import DECISIONS, TOPICS
 from tests.fakes.mqtt_peer import Peer
@@ -54,10 +54,7 @@ def worker_settings() -> WorkerSettings:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
-    started = mosquitto(tmp_path)
-    started.start()
-    yield started
-    started.stop()
+    yield from running(mosquitto(tmp_path))
 
 
 @pytest.fixture

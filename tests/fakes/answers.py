@@ -13,6 +13,7 @@ ROUNDING = 1e-4
 class Near(float):
     """Equal to what is as near as rounding."""
 
+    # What is only nearly equal has no hash; typeshed knows no class that takes its base's away.
     __hash__ = None  # type: ignore[assignment]
 
     def __eq__(self, other: object) -> bool:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 MOSQUITTO = shutil.which("mosquitto", path="/usr/local/sbin:/usr/sbin:/usr/bin:/usr/local/bin")
@@ -92,3 +93,10 @@ def amqtt(directory: Path) -> BrokerProcess:
     )
     code = "from amqtt.scripts.broker_script import main; main()"
     return BrokerProcess([sys.executable, "-c", code, "-c", str(config)], port, directory / f"amqtt-{port}.log")
+
+
+def running(broker: BrokerProcess) -> Iterator[BrokerProcess]:
+    """What a fixture yields from: a broker that is started before the test and stopped after it."""
+    broker.start()
+    yield broker
+    broker.stop()
