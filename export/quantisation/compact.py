@@ -3,21 +3,26 @@
 MatMulNBits computes in the type of its activations, and float32 scales cost a whole bit a weight at block 32. A Cast
 of a stored tensor is folded by ONNX Runtime before the weights are packed for the CPU, so that what runs is the same
 graph with the same numbers: 4.5 bits a weight in the file, as in a GGUF of type Q4_0.
+
+Folding costs every start of a session the time and the memory of the wide scales, so two kinds stay wide: those of
+matrices with one scale an output, which are few, and those that only the embedding's lookup reads. Its table is mapped
+from the file, and only the rows that events use are ever read.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from export.graphs.graph import drop_unused_initializers
 from export.quantisation.block_weights import fits_float16
 
 _WIDE_INPUTS = {
     # scales and zero points
     "MatMulNBits": slice(2, 4),
     "GatherBlockQuantized": slice(2, 4),
-    # scales of the weights; that of the activations is one number
-    "MatMulIntegerToFloat": slice(3, 4),
 }
 
 
@@ -30,13 +35,16 @@ def compact_scales(model: ModelProto) -> int:
     Returns:
         Bytes saved.
     """
+    _store_as_looked_up(model)
+    looked_up = _store_as_looked_up(model)
     wanted = {
         name
         for node in model.graph.node
         if node.op_type in _WIDE_INPUTS
         for name in node.input[_WIDE_INPUTS[node.op_type]]
+        if name not in looked_up
     }
-    # A table's scales reach its lookup through a Reshape.
+    # A table's scales that a head reads as well reach the lookup through a Reshape.
     wanted |= {node.input[0] for node in model.graph.node if node.op_type == "Reshape" and node.output[0] in wanted}
     casts, saved = [], 0
     for tensor in model.graph.initializer:
@@ -53,3 +61,26 @@ def compact_scales(model: ModelProto) -> int:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return saved
+
+
+def _store_as_looked_up(model: ModelProto) -> set[str]:
+    """Give scales and zero points that only a lookup reads the shape that it wants, and return their names."""
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    found: set[str] = set()
+    for lookup in [node for node in graph.node if node.op_type == "GatherBlockQuantized"]:
+        for place in range(len(lookup.input))[_WIDE_INPUTS[lookup.op_type]]:
+            name = lookup.input[place]
+            reshape = next((node for node in graph.node if name in node.output and node.op_type == "Reshape"), None)
+            if reshape is not None and reshape.input[0] in stored:
+                if readers[reshape.input[0]] > 1:
+                    continue
+                tensor = stored[reshape.input[0]]
+                tensor.dims[:] = numpy_helper.to_array(stored[reshape.input[1]]).tolist()
+                lookup.input[place] = name = tensor.name
+                graph.node.remove(reshape)
+            if name in stored and readers[name] <= 1:
+                found.add(name)
+    drop_unused_initializers(model)
+    return found
