@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -233,8 +234,13 @@ def read_manifest(bundle: Path) -> tuple[Manifest, str]:
     return parse_manifest(raw), manifest_digest(raw)
 
 
-def verify_files(bundle: Path, manifest: Manifest) -> None:
+def verify_files(bundle: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> None:
     """Hash every listed file. Size first, because it is free and names a truncation plainly.
+
+    Args:
+        bundle: its directory.
+        manifest: what it must hold.
+        known: path to hex SHA-256 of files that were hashed a moment ago.
 
     Raises:
         IntegrityError: ``bundle.file_missing``, ``bundle.file_truncated`` or ``bundle.file_corrupt``.
@@ -251,5 +257,5 @@ def verify_files(bundle: Path, manifest: Manifest) -> None:
             raise IntegrityError(
                 "bundle.file_truncated", f"{entry.path} has {size} bytes, not {entry.size}", path=entry.path
             )
-        if sha256_file(path) != entry.sha256:
+        if ((known or {}).get(entry.path) or sha256_file(path)) != entry.sha256:
             raise IntegrityError("bundle.file_corrupt", f"{entry.path} differs from its signed hash", path=entry.path)

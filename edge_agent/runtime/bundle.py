@@ -6,6 +6,7 @@ asked once, in `signed_bundle`; a worker starts from a digest, and needs no cryp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,13 @@ class VerifiedBundle:
     digest: str
 
 
-def open_installed_bundle(path: Path, expected_digest: str) -> VerifiedBundle:
+def open_installed_bundle(path: Path, expected_digest: str, known: Mapping[str, str] | None = None) -> VerifiedBundle:
     """Open a bundle whose digest was verified when it was installed; its files are hashed again.
 
     Args:
         path: the bundle's directory (a slot).
         expected_digest: hex SHA-256 that the manifest must have.
+        known: path to hex SHA-256 of files that were hashed a moment ago (`head_start`).
 
     Returns:
         The verified bundle.
@@ -51,22 +53,23 @@ def open_installed_bundle(path: Path, expected_digest: str) -> VerifiedBundle:
         raise IntegrityError(
             "bundle.digest_mismatch", f"manifest hashes to {digest[:12]}…, not {expected_digest[:12]}…", path=str(path)
         )
-    return verify_contents(path, manifest_bytes)
+    return verify_contents(path, manifest_bytes, known)
 
 
-def verify_contents(path: Path, manifest_bytes: bytes) -> VerifiedBundle:
+def verify_contents(path: Path, manifest_bytes: bytes, known: Mapping[str, str] | None = None) -> VerifiedBundle:
     """Hold every file of a bundle against a manifest that is trusted already.
 
     Args:
         path: the bundle's directory.
         manifest_bytes: the manifest, whose signature or digest the caller has checked.
+        known: path to hex SHA-256 of files that were hashed a moment ago.
 
     Raises:
         IntegrityError: ``bundle.manifest_invalid`` or a ``bundle.file_*`` code.
         RefusedError: ``bundle.format_unsupported``.
     """
     manifest = parse_manifest(manifest_bytes)
-    verify_files(path, manifest)
+    verify_files(path, manifest, known)
     return VerifiedBundle(path, manifest, manifest_digest(manifest_bytes))
 
 

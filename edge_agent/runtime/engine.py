@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_agent.contract.event import Event
@@ -17,19 +16,19 @@ from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.calibration import load_calibration
 from edge_agent.runtime.drafts import PassCost
-from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.large_pages import LargePages
-from edge_agent.runtime.memory import return_freed_memory, rss_bytes
+from edge_agent.runtime.loading import LoadedModel, load_model
+from edge_agent.runtime.memory import rss_bytes
 from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
 from edge_agent.runtime.prepared import PreparedTask, Question
 from edge_agent.runtime.prompt import EventPrompt, cut_by_template, event_prompt, rendered_event
 from edge_agent.runtime.routing import OwnAnswer
 from edge_agent.runtime.routing import decide as decide_routed
-from edge_agent.runtime.session import ModelSession, check_runtime, resolve_threads
+from edge_agent.runtime.session import resolve_threads
 from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache, StaticSession
 
@@ -41,6 +40,7 @@ class Engine:
         bundle: verified; nothing else is ever loaded.
         threads: intra-op threads; 0 chooses by `resolve_threads`.
         speed: what is done to be fast.
+        loaded: of `load_model`, with the same bundle and threads; None: it is loaded here.
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
@@ -48,7 +48,13 @@ class Engine:
             ``worker.bad_logits``.
     """
 
-    def __init__(self, bundle: VerifiedBundle, threads: int = 0, speed: Speed = Speed()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        bundle: VerifiedBundle,
+        threads: int = 0,
+        speed: Speed = Speed(),  # noqa: B008 - frozen
+        loaded: LoadedModel | None = None,
+    ) -> None:
         started_s = time.monotonic()
         self.bundle = bundle
         self._speed = speed
@@ -57,12 +63,8 @@ class Engine:
         self._pages = LargePages() if speed.large_pages else None
         self.threads = resolve_threads(threads)
         model = bundle.manifest.model
-        # The library loads the graph without holding up the interpreter, which reads the tokenizer meanwhile. The graph
-        # is loaded in the main thread: what other threads allocate never lies on large pages (`large_pages`).
-        with ThreadPoolExecutor(1, "tokenizer") as reading:
-            encoder = reading.submit(_read_tokenizer, bundle)
-            self._session = _open_session(bundle, self.threads)
-            self._encoder = encoder.result()
+        loaded = loaded or load_model(bundle, self.threads)
+        self._session, self._encoder = loaded.session, loaded.encoder
         self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
         self._guided: GuidedGrammars | None = None
         self._listed = {entry.path for entry in bundle.manifest.files}
@@ -268,18 +270,3 @@ class Engine:
 
     def _is_listed(self, path: Path) -> bool:
         return str(path.relative_to(self.bundle.path)) in self._listed
-
-
-def _read_tokenizer(bundle: VerifiedBundle) -> TextEncoder:
-    model = bundle.manifest.model
-    encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
-    return_freed_memory()  # 150,000 tokens leave 50 MB behind
-    return encoder
-
-
-def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | StaticSession:
-    manifest = bundle.manifest
-    if manifest.model.graph_interface == 2:
-        check_runtime(manifest)
-        return StaticSession(bundle.path, manifest.model, manifest.target, threads)
-    return ModelSession(bundle.path, manifest, threads)

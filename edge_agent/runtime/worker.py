@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
+from edge_agent.runtime.head_start import hash_listed
 from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
 from edge_agent.runtime.speed import Speed
 
@@ -74,20 +76,36 @@ def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine
     Raises:
         EdgeError: as `open_installed_bundle` and `Engine`.
     """
-    from edge_agent.runtime.bundle import open_installed_bundle
+    with _impatient_threads():
+        # Hashing does not hold up the interpreter, which imports the libraries meanwhile.
+        with ThreadPoolExecutor(1, "hash") as beside:
+            hashing = beside.submit(hash_listed, bundle, digest)
+            from edge_agent.runtime.bundle import open_installed_bundle
+            from edge_agent.runtime.loading import load_model
+            from edge_agent.runtime.providers import CPU, PROVIDERS
+            from edge_agent.runtime.session import resolve_threads
 
-    # Hashing does not hold up the interpreter, which imports the inference libraries meanwhile.
-    with ThreadPoolExecutor(1, "verify") as verifying:
-        opening = verifying.submit(open_installed_bundle, bundle, digest)
+            verified = open_installed_bundle(bundle, digest, hashing.result())
+        if PROVIDERS[verified.manifest.target] == CPU:
+            # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
+            # reserve far more addresses than they use.
+            limit_growth(physical_bytes())
+        threads = resolve_threads(threads)
+        loaded = load_model(verified, threads, lambda: importlib.import_module("edge_agent.runtime.engine"))
         from edge_agent.runtime.engine import Engine
-        from edge_agent.runtime.providers import CPU, PROVIDERS
 
-        verified = opening.result()
-    if PROVIDERS[verified.manifest.target] == CPU:
-        # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
-        # reserve far more addresses than they use.
-        limit_growth(physical_bytes())
-    return Engine(verified, threads, speed)
+        return Engine(verified, threads, speed, loaded)
+
+
+@contextlib.contextmanager
+def _impatient_threads() -> Iterator[None]:
+    """Let a thread that comes back from a library wait for the interpreter a tenth as long as it would."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(before_s / 10)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before_s)
 
 
 class EngineDecider:

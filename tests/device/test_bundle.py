@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from edge_agent.contract.dsse import generate_key, private_key_to_pem, public_key_to_pem
+from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.head_start import hash_listed
 from edge_agent.runtime.signed_bundle import PACKAGED_KEYS, load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
@@ -124,6 +126,34 @@ def test_harmed_file_is_named_by_the_worker_too(variant: Variant) -> None:
     assert isinstance(fault, IntegrityError)
     assert (fault.code, fault.context["path"]) == ("bundle.file_truncated", DECODER)
     assert not worker.alive
+
+
+def test_hashes_of_an_early_start_are_those_of_the_files(reference_bundle: Path, reference_digest: str) -> None:
+    listed = {entry.path: entry.sha256 for entry in read_manifest(reference_bundle)[0].files}
+    assert hash_listed(reference_bundle, reference_digest) == listed
+
+
+def test_an_early_start_on_another_manifest_hashes_nothing(variant: Variant) -> None:
+    bundle = variant()
+    digest = bundle.digest
+    manifest = bundle.path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"tokenizer.json"', b'"/etc/hostname"'))
+    assert hash_listed(bundle.path, digest) == {}
+    assert hash_listed(bundle.path / "nowhere", digest) == {}
+
+
+def test_an_early_hash_does_not_make_up_for_a_harmed_file(variant: Variant) -> None:
+    bundle = variant()
+    bundle.put("tokenizer.json", "{}")  # signed before, and not sealed again
+    known = hash_listed(bundle.path, bundle.digest)
+    assert fault_of(lambda: open_installed_bundle(bundle.path, bundle.digest, known)).code == "bundle.file_truncated"
+    bundle.seal()
+    bundle.put("tokenizer.json", "[]")
+    known = hash_listed(bundle.path, bundle.digest)
+    assert fault_of(lambda: open_installed_bundle(bundle.path, bundle.digest, known)).code == "bundle.file_corrupt"
+    (bundle.path / "tokenizer.json").unlink()
+    assert "tokenizer.json" not in hash_listed(bundle.path, bundle.digest)
+    assert fault_of(lambda: open_installed_bundle(bundle.path, bundle.digest, known)).code == "bundle.file_missing"
 
 
 def test_file_that_the_manifest_does_not_list_is_never_read(variant: Variant) -> None:
