@@ -26,13 +26,23 @@ from tests.bench.decision_ratios import (
 from tests.bench.decision_runs import EngineRun, Job, Turns, run_program, take_turns
 from tests.bench.decision_task import prompts
 from tests.bench.figures import RATIO, Figure, Target, from_samples
-from tests.bench.llama_server_decisions import SETTINGS, SLOTS, Setting, all_waiting, best_setting, one_at_a_time
+from tests.bench.llama_server_decisions import (
+    SETTINGS,
+    SLOTS,
+    Setting,
+    all_waiting,
+    as_by_default,
+    best_setting,
+    few_events,
+    one_at_a_time,
+)
 from tests.bench.made import HERE, python_module
 from tests.bench.measured_run import CommandFailedError
 from tests.bench.ogenai_peer import environment
 
 OURS_DRAFTS, OURS_INT4 = "ours_drafts", "ours_int4"
 OURS, LLAMA, LLAMA_SLOTS, OGENAI = "ours", "llamacpp", f"llamacpp_{SLOTS}_slots", "ogenai"
+LLAMA_MAPPED = "llamacpp_mapped"
 MAX_ANSWER_TOKENS = 128
 NOT_MADE = "one of the two could not be made"
 MB = 1e6
@@ -114,6 +124,7 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
         if not isinstance(found, Missing):
             best, tried = found
             engines[LLAMA] = partial(one_at_a_time, peer, job, best)
+            engines[LLAMA_MAPPED] = partial(one_at_a_time, peer, few_events(job), as_by_default(best))
             engines[LLAMA_SLOTS] = partial(all_waiting, peer, job, best)
     if isinstance(made.ogenai, Ogenai):
         engines[OGENAI] = partial(_run_ogenai, made.ogenai, job)
@@ -222,6 +233,9 @@ def ratio_figures(name: str, turns: Turns) -> Iterator[Figure]:
             yield Figure(f"{name}.decisions_vs_llamacpp_{slug}", label, value, RATIO, None, spread)
     memory_target = AT_MOST_EVEN if targets else None
     yield ratio("rss_vs_llamacpp", "peak memory, ours / llama.cpp", LLAMA, _memory_ratio, memory_target)
+    yield ratio(
+        "rss_vs_llamacpp_mapped", "peak memory, ours / llama.cpp as it starts by default", LLAMA_MAPPED, _memory_ratio
+    )
     yield ratio("rss_vs_ogenai", "peak memory, ours / onnxruntime-genai", OGENAI, _memory_ratio)
 
 
@@ -300,6 +314,9 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
         if engine not in {OURS, OURS_DRAFTS, OURS_INT4}:
             words = "from the process's start to the first decision"
             yield _of_runs(f"{key}_first_decision_s", f"{title}, {words}", found, lambda run: run.first_decision_s, "s")
+        if engine == LLAMA and (mapped := runs.get(LLAMA_MAPPED)):
+            words = "peak memory as it starts by default"
+            yield _of_runs(f"{key}_mapped_rss_mb", f"{title}, {words}", mapped, lambda r: r.peak_rss_bytes / MB, "MB")
         if engine != OURS and ours and MODELS[name] is None:
             yield Figure(f"{key}_agrees", f"{title}, same answers as ours", same_answers(found[0], ours[0]), "%")
 

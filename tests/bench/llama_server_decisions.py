@@ -63,6 +63,11 @@ SETTINGS = (
 )
 
 
+def as_by_default(setting: Setting) -> Setting:
+    """The same with the weights mapped, as the server does when it is not told otherwise."""
+    return Setting(f"{setting.name}, mapped", (*setting.arguments, "--load-mode", "auto"))
+
+
 class Client:
     """One connection to a server.
 
@@ -247,6 +252,11 @@ def all_waiting(peer: LlamaServer, job: Job, setting: Setting) -> EngineRun:
     return EngineRun(first_decision_s, peak_bytes, answers, backlog=backlog)
 
 
+def few_events(job: Job) -> Job:
+    """A job that is done in a moment."""
+    return Job(**{**vars(job), "measured": job.measured[:_TRIAL_EVENTS], "backlog": ()})
+
+
 def best_setting(peer: LlamaServer, job: Job, say: Say) -> tuple[Setting, dict[str, float]]:
     """Try every setting on a few events.
 
@@ -257,7 +267,7 @@ def best_setting(peer: LlamaServer, job: Job, say: Say) -> tuple[Setting, dict[s
     Raises:
         CommandFailedError: none works.
     """
-    few = Job(**{**vars(job), "measured": job.measured[:_TRIAL_EVENTS], "backlog": ()})
+    few = few_events(job)
     found: dict[str, float] = {}
     first: tuple[Answered, ...] | None = None
     for setting in SETTINGS:
