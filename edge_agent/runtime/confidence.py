@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.errors import PermanentError
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The likeliest of the allowed tokens.
-
-    Args:
-        position: among the allowed ones; the first of equals.
-        probability: among the allowed ones, calibrated.
-        margin: how far the next likeliest is behind, in logits as the model gave them; infinite where there is none.
-    """
-
-    position: int
-    probability: float
-    margin: float
-
-
-def choose(logits: NDArray[np.float32], rows: NDArray[np.int64], temperature: float) -> Chosen:
+def choose(logits: NDArray[np.float32], rows: NDArray[np.int64], temperature: float) -> tuple[int, float]:
     """Pick the likeliest allowed token.
 
     Args:
         logits: scores of every token that the head has a row for, float32 (rows,).
         rows: those of the allowed tokens, int64 (options,).
         temperature: calibration of the field; scales logits, so p_i becomes proportional to p_i^(1/T).
+
+    Returns:
+        Position in ``rows`` of the likeliest (the first of equals), and its probability among the allowed.
 
     Raises:
         PermanentError: ``worker.bad_logits`` when scores are not finite, or the whole vocabulary scores the same.
@@ -44,6 +30,4 @@ def choose(logits: NDArray[np.float32], rows: NDArray[np.int64], temperature: fl
     total = float(np.exp((scores - scores[best]) / temperature).sum())
     if len(rows) > 1 and total == len(rows) and float(np.ptp(logits)) == 0.0:
         raise PermanentError("worker.bad_logits", "the model scores its whole vocabulary the same")
-    largest = float(scores[best])
-    scores[best] = -np.inf
-    return Chosen(best, 1.0 / total, largest - float(scores.max()))
+    return best, 1.0 / total

@@ -10,7 +10,6 @@ wrong one costs tokens, and neither changes an answer. The last field's closing 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +68,6 @@ class Decoded:
         confidence: field to probability of its value.
         tokens: ids of the whole answer, chosen and forced.
         asked: numbers of answer tokens after which scores were asked for, ascending.
-        margin: of the closest choice, as `Chosen.margin`.
         passes: forward passes used.
     """
 
@@ -77,30 +75,7 @@ class Decoded:
     confidence: dict[str, float]
     tokens: list[int]
     asked: tuple[int, ...]
-    margin: float = math.inf
     passes: int = 0
-
-
-class _Choices:
-    """What was chosen so far.
-
-    Attributes:
-        places: tokens that were known at each choice.
-        margin: of the closest one.
-    """
-
-    def __init__(self) -> None:
-        self.places: list[int] = []
-        self.margin = math.inf
-
-    def choose(
-        self, known: Known, rows: NDArray[np.int64], temperature: float
-    ) -> Generator[Known, Scores, tuple[int, float]]:
-        """Ask for scores; gives the likeliest token's position in ``rows``, and its probability."""
-        self.places.append(len(known.tokens))
-        chosen = choose((yield known), rows, temperature)
-        self.margin = min(self.margin, chosen.margin)
-        return chosen.position, chosen.probability
 
 
 @dataclass(frozen=True)
@@ -139,20 +114,19 @@ def answer_steps(plan: AnswerPlan, prompt: Sequence[int], temperatures: Mapping[
         PermanentError: ``worker.bad_logits``, ``worker.grammar``.
     """
     tokens = [*prompt, *plan.opening]
-    choices = _Choices()
+    asked: list[int] = []
     values: dict[str, Value] = {}
     confidence: dict[str, float] = {}
     for place, planned in enumerate(plan.fields):
         temperature = temperatures.get(planned.name, 1.0)
         if isinstance(planned, ClosedField):
             behind = _forced_behind(plan.fields[place + 1 :])
-            value, probability = yield from _closed(tokens, planned, behind, temperature, choices)
+            value, probability = yield from _closed(tokens, planned, behind, temperature, asked)
         else:
-            value, probability = yield from _guided(tokens, planned, temperature, choices)
+            value, probability = yield from _guided(tokens, planned, temperature, asked)
         values[planned.name], confidence[planned.name] = value, probability
     start = len(prompt)
-    asked = tuple(place - start for place in choices.places)
-    return Decoded(values, confidence, tokens[start:], asked, choices.margin)
+    return Decoded(values, confidence, tokens[start:], tuple(end - start for end in asked))
 
 
 class Lane:
@@ -275,8 +249,6 @@ def decode(
     prompt: Sequence[int],
     temperatures: Mapping[str, float],
     deadline_at_s: float,
-    *,
-    plainly: bool = False,
 ) -> Decoded:
     """Answer a prompt with a model that scores the end of each pass, and nothing else.
 
@@ -286,7 +258,6 @@ def decode(
         prompt: token ids of the event.
         temperatures: calibration per field.
         deadline_at_s: `time.monotonic` after which no further pass begins.
-        plainly: whether each token of the answer has a pass of its own, even where it was known before.
 
     Returns:
         The answer; valid by construction.
@@ -295,25 +266,21 @@ def decode(
         PermanentError: ``worker.deadline``, ``worker.bad_logits``, or what the model raises.
     """
     lane = Lane(plan, prompt, temperatures, deadline_at_s)
-    passes = 0
     while (decoded := lane.decoded) is None:
         ask = lane.ask()
-        together = len(prompt) if passes == 0 else 1
-        pieces = [ask.tokens[:together], *([token] for token in ask.tokens[together:])] if plainly else [ask.tokens]
-        scores = [model.forward(piece) for piece in pieces][-1]
-        passes += len(pieces)
-        lane.take(ask, scores[None])
-    return replace(decoded, passes=passes)
+        lane.take(ask, model.forward(ask.tokens)[None])
+    return decoded
 
 
 def _closed(
-    tokens: list[int], planned: ClosedField, behind: Tokens | None, temperature: float, choices: _Choices
+    tokens: list[int], planned: ClosedField, behind: Tokens | None, temperature: float, asked: list[int]
 ) -> Generator[Known, Scores, tuple[Value, float]]:
     tokens.extend(planned.forced)
     node = planned.root
     probability = 1.0
     while isinstance(node, Branch):
-        position, share = yield from choices.choose(Known(tokens, _ways(node, behind)), node.rows, temperature)
+        asked.append(len(tokens))
+        position, share = choose((yield Known(tokens, _ways(node, behind))), node.rows, temperature)
         edge = node.edges[position]
         probability *= share
         tokens.append(int(node.ids[position]))
@@ -346,7 +313,7 @@ def _ways(branch: Branch, behind: Tokens | None) -> tuple[Tokens, ...]:
 
 
 def _guided(
-    tokens: list[int], planned: GuidedField, temperature: float, choices: _Choices
+    tokens: list[int], planned: GuidedField, temperature: float, asked: list[int]
 ) -> Generator[Known, Scores, tuple[Value, float]]:
     grammar = planned.start()
     probability = 1.0
@@ -355,7 +322,8 @@ def _guided(
         if grammar.finished():
             return grammar.value(), probability
         ids = grammar.allowed()
-        position, share = yield from choices.choose(Known(tokens), grammar.rows(ids), temperature)
+        asked.append(len(tokens))
+        position, share = choose((yield Known(tokens)), grammar.rows(ids), temperature)
         probability *= share
         grammar.choose(int(ids[position]))
         tokens.append(int(ids[position]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from edge_agent.contract.output import TextField
 from edge_agent.contract.task import GoldenExample, TaskSpec
@@ -18,9 +18,6 @@ from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.lanes import run_lanes
 from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache
-
-CLOSE_CALL = 1 / 16
-"""Logits. Passes of other lengths round otherwise, by up to 0.05 where that was measured (docs/why-it-is-fast.md)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,6 @@ class PreparedTask:
             found = self._decode_in_lanes(cache, questions)
         else:
             found = [self._decode_alone(question) for question in questions]
-        found = [self._settled(question, one) for question, one in zip(questions, found, strict=True)]
         if any(isinstance(one, EdgeError) and one.code == "worker.bad_logits" for one in found):
             self.restore_prefix()
         return found
@@ -139,19 +135,9 @@ class PreparedTask:
                 self.drafts.learn(lane.decoded.tokens, lane.decoded.asked, question.prompt)
         return found
 
-    def _settled(self, question: Question, found: Decoded | EdgeError) -> Decoded | EdgeError:
-        """What is too close for a fast pass to tell is decided in the plain way; out of time, it stays as found."""
-        if isinstance(found, EdgeError) or found.margin >= CLOSE_CALL:
-            return found
-        plain = self._decode_alone(question, plainly=True)
-        if isinstance(plain, EdgeError):
-            return found if plain.code == "worker.deadline" else plain
-        return replace(plain, passes=found.passes + plain.passes)
-
-    def _decode_alone(self, question: Question, *, plainly: bool = False) -> Decoded | EdgeError:
+    def _decode_alone(self, question: Question) -> Decoded | EdgeError:
         self.cache.rewind(self.prefix_tokens)
-        given = (question.prompt, self.calibration.temperatures, question.deadline_at_s)
         try:
-            return decode(self.cache, self.plan, *given, plainly=plainly)
+            return decode(self.cache, self.plan, question.prompt, self.calibration.temperatures, question.deadline_at_s)
         except EdgeError as error:
             return error

@@ -135,6 +135,7 @@ def test_hostile_text_yields_a_valid_answer_and_no_control_token(engine: Engine,
     answer = decide(engine, event)
     assert task.check_decision(answer.decision) == []
     assert prepared.spec.prompt.prefix.strip() not in json.dumps(answer.decision)
+    assert answer.passes <= len(answer.decision)
 
 
 def test_forty_scripts_yield_valid_answers(engine: Engine) -> None:
