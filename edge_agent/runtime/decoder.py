@@ -26,6 +26,8 @@ from edge_agent.runtime.guided import GuidedField
 
 Scores = NDArray[np.float32]
 Steps = Generator["Known", Scores, "Decoded"]
+CLOSE_CALL = 1 / 8
+"""Logits. Sums in another order, rounded to eight bits layer by layer, were seen to move a choice by 0.1."""
 MAX_WAYS = 4
 """Ways on from a choice that are told: of more, each is too unlikely to be tried unseen."""
 
@@ -52,10 +54,12 @@ class Known:
 
     Args:
         tokens: ids, prompt included; the same list each time, and longer.
+        rows: of the scores, those of the tokens that may follow, int64 (options,).
         ways: tokens that each way on would add, up to the next choice; those that are told.
     """
 
     tokens: list[int]
+    rows: NDArray[np.int64]
     ways: tuple[Tokens, ...] = ()
 
 
@@ -164,7 +168,7 @@ class Lane:
         self._fed: list[int] = self._prompt[:seen]
         self._finished: Decoded | None = None
         self._steps = answer_steps(plan, prompt, temperatures)
-        self._known = Known([])
+        self._known = Known([], np.empty(0, np.int64))
         self._advance(None)
 
     @property
@@ -199,15 +203,16 @@ class Lane:
             guess.follows if guess.has_alternatives else (),
         )
 
-    def take(self, ask: Ask, scores: Scores) -> list[int]:
+    def take(self, ask: Ask, scores: Scores) -> None:
         """Go on as far as the scores of a pass reach.
+
+        A guess that another one lies before has its keys and values elsewhere than the same text without a guess would,
+        and its sums are in another order. So its tokens are run again with whatever is run next, and its scores count
+        only where they are far from a tie.
 
         Args:
             ask: what the pass held.
             scores: float32 (len(ask.score_at), rows).
-
-        Returns:
-            Offsets into ``ask.tokens`` of the guess that came true, ascending.
 
         Raises:
             PermanentError: ``worker.bad_logits``, ``worker.grammar``.
@@ -221,20 +226,28 @@ class Lane:
             (first + 1 + before, ask.tokens[first + 1 + place]): first + 1 + place
             for place, before in enumerate(follows)
         }
-        came_true: list[int] = []
-        walked = len(self._known.tokens)
-        self._fed = list(self._known.tokens)
+        known = walked = in_line = len(self._known.tokens)
         while self._finished is None and at in by_offset:
+            if walked > in_line and self._is_close(by_offset[at]):
+                break
             self._advance(by_offset[at])
             tokens = self._known.tokens
             while walked < len(tokens) and (at, tokens[walked]) in steps:
                 at = steps[at, tokens[walked]]
-                came_true.append(at)
                 walked += 1
-            self._fed += tokens[len(self._fed) : walked]
+                if at - first == walked - known:
+                    in_line = walked
             if walked < len(tokens):
                 break  # the text went another way than any guess
-        return came_true
+        self._fed = self._known.tokens[:in_line]
+
+    def _is_close(self, scores: Scores) -> bool:
+        """Whether the two likeliest of the tokens that may follow are about as likely."""
+        rows = self._known.rows
+        if len(rows) == 1:
+            return False
+        runner_up, best = np.partition(scores[rows], -2)[-2:]
+        return bool(best - runner_up < CLOSE_CALL)
 
     def _advance(self, scores: Scores | None) -> None:
         try:
@@ -280,7 +293,7 @@ def _closed(
     probability = 1.0
     while isinstance(node, Branch):
         asked.append(len(tokens))
-        position, share = choose((yield Known(tokens, _ways(node, behind))), node.rows, temperature)
+        position, share = choose((yield Known(tokens, node.rows, _ways(node, behind))), node.rows, temperature)
         edge = node.edges[position]
         probability *= share
         tokens.append(int(node.ids[position]))
@@ -323,7 +336,8 @@ def _guided(
             return grammar.value(), probability
         ids = grammar.allowed()
         asked.append(len(tokens))
-        position, share = choose((yield Known(tokens)), grammar.rows(ids), temperature)
+        rows = grammar.rows(ids)
+        position, share = choose((yield Known(tokens, rows)), rows, temperature)
         probability *= share
         grammar.choose(int(ids[position]))
         tokens.append(int(ids[position]))

@@ -15,7 +15,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -244,11 +244,6 @@ class KvCache:
         """Put positions back that `read` took."""
         self._kv[:, row, :, start : start + segment.shape[2]] = segment
 
-    def gather(self, row: int, places: Sequence[int], start: int) -> None:
-        """Bring positions of a row, ascending, side by side from ``start`` on: a way that alternatives lay between."""
-        if list(places) != list(range(start, start + len(places))):
-            self._kv[:, row, :, start : start + len(places)] = self._kv[:, row][:, :, list(places)]
-
     def share(self, length: int) -> None:
         """Let every row begin with the first ``length`` positions of row 0, which stay as they are from now on."""
         self._shared_tokens = length
@@ -270,7 +265,19 @@ class KvCache:
             one = RowPass(one.row, one.past + MAX_PASS_TOKENS, rest, score_at, one.follows)
         return one
 
+    def _in_company(self, passes: Sequence[RowPass]) -> Sequence[RowPass]:
+        """A pass of single tokens with each of them twice, the second for nothing.
+
+        Attention in floats multiplies a single row by another kernel, which adds up in another order. Of two rows and
+        more each is the same bits whatever is beside it: so no answer depends on how its tokens were split into passes.
+        """
+        alone = all(len(one.tokens) == 1 and one.past + 2 <= self.capacity_tokens for one in passes)
+        if not alone or not self.scores_many or self._kv.dtype == np.int8:
+            return passes
+        return [replace(one, tokens=[*one.tokens, *one.tokens]) for one in passes]
+
     def _write_pass(self, passes: Sequence[RowPass]) -> None:
+        passes = self._in_company(passes)
         longest = max(len(one.tokens) for one in passes)
         self._reach(passes[-1].row)
         for one in passes:

@@ -27,9 +27,6 @@ class Rows(Protocol):
     def run(self, passes: Sequence[RowPass]) -> list[Logits]:
         """As `KvCache.run`."""
 
-    def gather(self, row: int, places: Sequence[int], start: int) -> None:
-        """As `KvCache.gather`."""
-
 
 Waiting = list[tuple[int, Ask]]
 """Rows and what they need, in the order of rows."""
@@ -122,10 +119,6 @@ def _run(
         cost.learn(len(group) * longest, time.monotonic() - began_s)
     for (row, ask), found in zip(group, scores, strict=True):
         try:
-            came_true = lanes[row].take(ask, found)
+            lanes[row].take(ask, found)
         except EdgeError as error:
             faults[row] = error
-            continue
-        if ask.follows:
-            past = start + ask.keep
-            cache.gather(row, [past + at for at in came_true], past + ask.score_at[0] + 1)

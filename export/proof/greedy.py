@@ -117,7 +117,13 @@ class StepModel:
             Logits of the last position, float32 [vocab] (-inf for what a pruned head does not score), and the longer
             caches.
         """
-        length = next(iter(past.values())).shape[2] + len(ids)
+        before = next(iter(past.values())).shape[2]
+        # A single row is multiplied by another kernel, which rounds otherwise than those for two and more: so a token
+        # that comes alone is run beside a copy of itself, of which nothing is kept.
+        kept = len(ids)
+        if kept == 1 and self._spec.score_at:
+            ids = ids * 2
+        length = before + len(ids)
         feeds: dict[str, Any] = {
             "input_ids": np.array([ids], np.int64),  # [1, seq]
             "attention_mask": np.ones((1, length), np.int64),  # [1, past + seq]
@@ -127,12 +133,12 @@ class StepModel:
         if self._spec.ragged:
             feeds["query_seqlens"] = np.array([len(ids)], np.int32)  # [1]
         if self._spec.score_at:
-            feeds["score_at"] = np.array([[0, len(ids) - 1]], np.int64)  # [1, 2]: the last position, as ever
+            feeds["score_at"] = np.array([[0, kept - 1]], np.int64)  # [1, 2]: the last position, as ever
         if self._spec.alternatives:  # none: every token follows the one before it, and sees all before it
             feeds["position_ids"] = np.arange(length - len(ids), length)[None]  # [1, seq]
             feeds["attention_bias"] = np.zeros((1, 1, len(ids), length), np.float32)
         outputs = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
-        present = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        present = {name: outputs[name.replace("past_key_values", "present")][:, :, : before + kept] for name in past}
         if self._head is None:
             scores = outputs["logits"]
         else:

@@ -5,7 +5,7 @@ of a stored tensor is folded by ONNX Runtime before the weights are packed for t
 graph with the same numbers: 4.5 bits a weight in the file, as in a GGUF of type Q4_0.
 
 Folding costs every start of a session the time and the memory of the wide scales, so two kinds stay wide: those of
-matrices with one scale an output, which are few, and those that only the embedding's lookup reads. Its table is mapped
+matrices with one scale an output, which are few, and those of an embedding that no head shares. Its table is mapped
 from the file, and only the rows that events use are ever read.
 """
 
@@ -35,7 +35,6 @@ def compact_scales(model: ModelProto) -> int:
     Returns:
         Bytes saved.
     """
-    _store_as_looked_up(model)
     looked_up = _store_as_looked_up(model)
     wanted = {
         name
@@ -64,23 +63,23 @@ def compact_scales(model: ModelProto) -> int:
 
 
 def _store_as_looked_up(model: ModelProto) -> set[str]:
-    """Give scales and zero points that only a lookup reads the shape that it wants, and return their names."""
+    """Give scales of a table that only a lookup reads the shape in which it reads them; returns their names."""
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     readers = Counter(name for node in graph.node for name in node.input)
+    made_by = {name: node for node in graph.node for name in node.output}
     found: set[str] = set()
     for lookup in [node for node in graph.node if node.op_type == "GatherBlockQuantized"]:
         for place in range(len(lookup.input))[_WIDE_INPUTS[lookup.op_type]]:
-            name = lookup.input[place]
-            reshape = next((node for node in graph.node if name in node.output and node.op_type == "Reshape"), None)
-            if reshape is not None and reshape.input[0] in stored:
-                if readers[reshape.input[0]] > 1:
-                    continue
-                tensor = stored[reshape.input[0]]
-                tensor.dims[:] = numpy_helper.to_array(stored[reshape.input[1]]).tolist()
-                lookup.input[place] = name = tensor.name
-                graph.node.remove(reshape)
-            if name in stored and readers[name] <= 1:
-                found.add(name)
+            reshape = made_by.get(lookup.input[place])
+            if reshape is None or reshape.op_type != "Reshape":
+                continue
+            scales, shape = (stored.get(name) for name in reshape.input)
+            if scales is None or shape is None or readers[scales.name] > 1:
+                continue
+            scales.dims[:] = numpy_helper.to_array(shape).tolist()
+            lookup.input[place] = scales.name
+            graph.node.remove(reshape)
+            found.add(scales.name)
     drop_unused_initializers(model)
     return found

@@ -19,7 +19,7 @@ from edge_agent.errors import EdgeError
 from edge_agent.runtime.answer import Answer
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
-from edge_agent.runtime.kv_cache import KvCache
+from edge_agent.runtime.kv_cache import KvCache, RowPass
 from edge_agent.runtime.speed import PLAIN, Speed
 from export.reference.generator import generate
 from tests.bench.equality import FASTEST, compare, repeated
@@ -49,17 +49,15 @@ def decided(engine: Engine, events: list[Event]) -> list[Answer]:
     return [one for one in found if isinstance(one, Answer)]
 
 
-def assert_alike(found: list[Answer], expected: list[Answer]) -> None:
+def assert_alike(found: list[Answer], expected: list[Answer], *, to_the_bit: bool = False) -> None:
     assert [one.decision for one in found] == [one.decision for one in expected]
     for one, other in zip(found, expected, strict=True):
-        assert one.confidence == pytest.approx(other.confidence, abs=CONFIDENCE_TOLERANCE)
+        assert one.confidence == pytest.approx(other.confidence, abs=0.0 if to_the_bit else CONFIDENCE_TOLERANCE)
 
 
 def test_every_lever_at_once_equals_plain_decoding_one_token_at_a_time(reference_bundle: Path) -> None:
     events = list(itertools.islice(repeated(iter(some_events(60) + flood(12))), 80))
-    differences = compare(reference_bundle, events)
-    assert [str(one) for one in differences if not one.is_tie] == []
-    assert len(differences) <= 1
+    assert [str(one) for one in compare(reference_bundle, events)] == []
 
 
 @pytest.mark.parametrize(
@@ -78,7 +76,30 @@ def test_every_lever_at_once_equals_plain_decoding_one_token_at_a_time(reference
 def test_a_lever_changes_no_decision(opened: Callable[[Speed], Engine], speed: Speed) -> None:
     events = some_events(30) + flood(20)
     expected = [opened(PLAIN).decide("triage", event, deadline_s=60.0) for event in events]
-    assert_alike(decided(opened(speed), events), expected)
+    # A guess beside another one may be scored with the last digits of other sums, far from any tie.
+    assert_alike(decided(opened(speed), events), expected, to_the_bit=not speed.alternatives)
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [3], [7], [16], [1, 5], [40, 1]], ids=str)
+def test_scores_are_the_same_bits_however_tokens_are_split_into_passes(
+    opened: Callable[[Speed], Engine], sizes: list[int]
+) -> None:
+    engine = opened(Speed())
+    task = engine.prepared("triage")
+    cache, start = task.cache, task.prefix_tokens
+    assert isinstance(cache, KvCache)
+    for event in some_events(6):
+        ids = engine.encode_event("triage", event)
+        (expected,) = [scores.copy() for scores in cache.run([RowPass(0, start, ids, [len(ids) - 1])])]
+        expected_kv = cache.read(0, start, start + len(ids))
+        at, pieces, found = 0, itertools.cycle(sizes), expected
+        while at < len(ids):
+            piece = ids[at : at + next(pieces)]
+            (found,) = cache.run([RowPass(0, start + at, piece, [len(piece) - 1])])
+            at += len(piece)
+        assert found is not expected
+        assert np.array_equal(found, expected)
+        assert np.array_equal(cache.read(0, start, start + len(ids)), expected_kv)
 
 
 def test_an_answer_does_not_depend_on_its_company(opened: Callable[[Speed], Engine]) -> None:

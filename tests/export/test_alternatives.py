@@ -78,15 +78,26 @@ def test_rows_of_different_lengths_go_on_together(session: Any) -> None:
         assert_near(scores[0], plainly(model, [*text, 51, 52 + row]), near)
 
 
-@pytest.mark.parametrize("true", [[0, 1, 2], [3, 4], [0, 1, 2, 5, 6, 7, 8], [0], [3], []], ids=str)
-def test_text_goes_on_from_the_way_that_came_true(session: Any, true: list[int]) -> None:
-    model, near = session
+@pytest.mark.parametrize("way", [YES, NO, [*YES, *BEYOND], []], ids=["first", "second", "beyond", "none"])
+def test_text_goes_on_as_if_nothing_had_been_tried(session: Any, way: list[int]) -> None:
+    model, _ = session
     cache = model.new_cache(CAPACITY)
     cache.run([RowPass(0, 0, [*TRUNK, *GUESS], [len(TRUNK) - 1], FOLLOWS)])
-    start = len(TRUNK)
-    cache.gather(0, [start + place for place in true], start)
-    (found,) = cache.run([RowPass(0, start + len(true), [51, 52], [1])])
-    assert_near(found[0], plainly(model, [*TRUNK, *(GUESS[place] for place in true), 51, 52]), near)
+    rest = [*way, 51, 52]
+    (found,) = cache.run([RowPass(0, len(TRUNK), rest, [len(rest) - 1])])
+    assert np.array_equal(found[0], plainly(model, [*TRUNK, *rest]))
+
+
+def test_the_first_way_is_in_line_and_gives_the_same_bits_as_without_the_others(session: Any) -> None:
+    model, _ = session
+    cache = model.new_cache(CAPACITY)
+    end = len(TRUNK) + len(YES) - 1
+    (found,) = cache.run([RowPass(0, 0, [*TRUNK, *GUESS], [len(TRUNK) - 1, end], FOLLOWS)])
+    assert np.array_equal(found[0], plainly(model, TRUNK))
+    assert np.array_equal(found[1], plainly(model, [*TRUNK, *YES]))
+    start = len(TRUNK) + len(YES)
+    (found,) = cache.run([RowPass(0, start, [51, 52], [1])])
+    assert np.array_equal(found[0], plainly(model, [*TRUNK, *YES, 51, 52]))
 
 
 def test_a_pass_after_alternatives_hides_nothing_any_more(session: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from edge_agent.runtime.answer import Answer
 
 ROUNDING = 1e-4
-"""What passes of another length, which a guess makes, may do to a probability."""
+"""What a guess out of line (`edge_agent.runtime.decoder.Lane.take`) may do to a probability."""
 
 
 class Near(float):

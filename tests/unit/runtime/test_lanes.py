@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
-from edge_agent.runtime.decoder import Ask, Decoded, Drafts, Lane, decode
+from edge_agent.runtime.decoder import CLOSE_CALL, Ask, Decoded, Drafts, Lane, decode
 from edge_agent.runtime.drafts import NOTHING, AnswerDrafts, Guess, PassCost
 from edge_agent.runtime.encoder import TextEncoder
-from edge_agent.runtime.grammar import AnswerPlan, compile_plan
+from edge_agent.runtime.grammar import AnswerPlan, Branch, ClosedField, compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.kv_cache import MAX_SCORES, Logits, RowPass
 from edge_agent.runtime.lanes import grouped, run_lanes
@@ -73,11 +73,6 @@ class HashRows:
                 scores[:] = np.nan
             found.append(scores)
         return found
-
-    def gather(self, row: int, places: Sequence[int], start: int) -> None:
-        """As `KvCache.gather`: what lies behind is of no use any more."""
-        tokens = self._tokens[row]
-        self._tokens[row] = [*tokens[:start], *(tokens[place] for place in places)]
 
 
 def _way(one: RowPass, at: int) -> list[int]:
@@ -283,3 +278,41 @@ def test_a_row_near_its_end_is_not_padded_beyond_it() -> None:
 def test_a_pass_scores_no_more_positions_than_there_is_room_for() -> None:
     waiting = [(row, ask(60, scores=50)) for row in range(4)]
     assert sizes(waiting) == [[0, 1], [2, 3]]
+
+
+class TwoWays:
+    """Guesses both ways of a choice, the wrong one first, and what would follow each."""
+
+    def __init__(self, wrong: Sequence[int], right: Sequence[int]) -> None:
+        self._wrong, self._right = wrong, right
+
+    def propose(
+        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+    ) -> Guess:
+        tokens = (*self._wrong, *self._right)
+        follows = (*range(-1, len(self._wrong) - 1), -1, *range(len(self._wrong), len(tokens) - 1))
+        return Guess(tokens, follows, (len(self._wrong) - 1, len(tokens) - 1))
+
+
+@pytest.mark.parametrize("margin", [CLOSE_CALL * 0.9, CLOSE_CALL * 1.1], ids=["close", "clear"])
+def test_what_a_guess_out_of_line_would_decide_by_a_hair_is_asked_again(tmp_path: Path, margin: float) -> None:
+    plan = plan_of({"first": {"type": "boolean"}, "second": {"enum": ["x", "y"]}}, tmp_path)
+    first, second = (planned for planned in plan.fields)
+    assert isinstance(first, ClosedField)
+    assert isinstance(second, ClosedField)
+    assert isinstance(first.root, Branch)
+    assert isinstance(second.root, Branch)
+    ways = [
+        (int(token), *edge.forced, *second.forced) for token, edge in zip(first.root.ids, first.root.edges, strict=True)
+    ]
+    lane = Lane(plan, [7, 8], {}, FAR, TwoWays(ways[0], ways[1]), room_tokens=200)
+    ask = lane.ask(alternatives=True)
+    scores = np.zeros((len(ask.score_at), VOCAB), np.float32)
+    scores[0, first.root.ids[1]] = 9.0  # the second way comes true, and lies behind the other
+    scores[2, second.root.ids[0]] = margin
+    lane.take(ask, scores)
+    assert (lane.decoded is not None) is (margin > CLOSE_CALL)
+    if lane.decoded is None:
+        again = lane.ask()
+        assert tuple(again.tokens[: len(ways[1])]) == ways[1], "run once more, in line"
+        assert again.score_at[0] == len(ways[1]) - 1
