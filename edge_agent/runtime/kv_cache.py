@@ -10,20 +10,17 @@ continue together share a pass, each by its own number of tokens.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.errors import PermanentError
+from edge_agent.runtime.buffers import bind, on_device, untouched
 from edge_agent.runtime.drafts import MAX_DRAFT_TOKENS
 from edge_agent.runtime.library_errors import mapped
 from edge_agent.runtime.pass_limit import PassLimit
@@ -143,13 +140,13 @@ class KvCache:
         scores = MAX_SCORES if self.scores_many else 1
         shape = (2 * spec.num_layers, rows, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         try:
-            self._kv: KvSegment = _untouched(shape, KV_DTYPES[spec.kv_dtype])
+            self._kv: KvSegment = untouched(shape, KV_DTYPES[spec.kv_dtype])
             self._ids = np.zeros((rows, capacity_tokens), np.int64)
             self._mask = np.zeros((rows, capacity_tokens), np.int64)
             self._counts = np.zeros(rows, np.int32)  # (rows,): real tokens of each row of the pass
             self._score_at = np.zeros((scores, 2), np.int64)
             self._positions = np.zeros((rows, capacity_tokens), np.int64)
-            self._bias = _untouched((self._bias_size(MAX_PASS_TOKENS + MAX_DRAFT_TOKENS),), np.float32)
+            self._bias = untouched((self._bias_size(MAX_PASS_TOKENS + MAX_DRAFT_TOKENS),), np.float32)
             self._head = Head(graphs, scores) if graphs.head is not None else None
             self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
         except (MemoryError, OSError) as error:  # OSError: of the mapping
@@ -377,26 +374,3 @@ class KvCache:
             bind(binding, "input", "query_seqlens", self._counts, (count,))
         self._bindings[first, count] = binding
         return binding
-
-
-def _untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> KvSegment:
-    """Zeros of which only what is written takes memory: rows and positions that are never used cost nothing."""
-    size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Pages of 2 MB would bring in a whole layer of every row with the first position that is written.
-    with contextlib.suppress(OSError):  # a kernel without such pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def bind(
-    binding: Any, side: Literal["input", "output"], name: str, buffer: NDArray[Any], shape: tuple[int, ...]
-) -> None:
-    """Bind the beginning of a buffer of ordinary memory under ``name``."""
-    bind_side = binding.bind_input if side == "input" else binding.bind_output
-    bind_side(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
-
-
-def on_device(matrix: NDArray[Any], device: str) -> Any:
-    """A matrix where the graph reads it."""
-    return mapped("allocating memory", lambda: ort.OrtValue.ortvalue_from_numpy(matrix, device, 0))

@@ -17,8 +17,9 @@ import onnxruntime as ort
 from edge_agent.contract.manifest import Manifest, ModelSpec
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.adapter import Arrays, adapter_feeds
+from edge_agent.runtime.buffers import on_device
 from edge_agent.runtime.head_rows import read_head_rows
-from edge_agent.runtime.kv_cache import Adapter, KvCache, LoadedGraphs, on_device
+from edge_agent.runtime.kv_cache import Adapter, KvCache, LoadedGraphs
 from edge_agent.runtime.library_errors import mapped
 from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import CACHE_DEVICES, DYNAMIC, PROVIDERS, check_loaded, use_provider
