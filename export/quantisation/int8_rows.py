@@ -31,8 +31,8 @@ LARGEST_CODE = 127
 LARGEST_PAIR = 128
 """255, the largest activation, times so much is below 2**15; times one more it is not."""
 _MIDDLE = 128
-_ONE, _ZERO_POINT, _WEIGHT_ZERO, _LAST_AXIS, _STEP, _STEP_DOWN, _ZERO_POINTS = (
-    f"int8_rows.{name}" for name in ("one", "zero", "weight_zero", "axis", "step", "step_down", "zeros")
+_ONE, _ZERO_POINT, _WEIGHT_ZERO, _LAST_AXIS, _STEP, _ZERO_POINTS = (
+    f"int8_rows.{name}" for name in ("one", "zero", "weight_zero", "axis", "step", "zeros")
 )
 _SCALING = "_row_scale"
 """Ending of the nodes that give a product's rows their scale back."""
@@ -91,7 +91,6 @@ def quantise_rows(model: ModelProto) -> None:
     constants: dict[str, np.ndarray] = {
         _ONE: np.array(1, np.float32),
         _STEP: np.array(1 / LARGEST_CODE, np.float32),
-        _STEP_DOWN: np.array(-1 / LARGEST_CODE, np.float32),
         _ZERO_POINT: np.array(_MIDDLE, np.uint8),
         _WEIGHT_ZERO: np.array(0, np.int8),
         _LAST_AXIS: np.array([-1], np.int64),
@@ -110,6 +109,7 @@ def quantise_rows(model: ModelProto) -> None:
         _multiply(model, node, matrix, rounded[matrix.multiplied])
     for name, rows in rounded.items():
         _hand_on_scale(model, name, rows)
+    _join_silu(model)
     drop_unused_initializers(model)
 
 
@@ -125,8 +125,8 @@ def _round_rows(model: ModelProto, matrix: Matrix, reader: NodeProto, *, is_guar
     """Quantise a tensor once for all who read it.
 
     A row of zeros is divided by zero; whatever its codes, the scale makes the product 0. An infinity makes the scale
-    infinite. A NaN does not: ReduceMax and ReduceMin overlook it. A mean does not, nor does Max, and a mean never
-    exceeds the largest; that is the guard.
+    infinite. A NaN does not: ReduceMax overlooks it. A mean does not, nor does Max, and a mean never exceeds the
+    largest; that is the guard.
 
     Args:
         model: changed in place.
@@ -137,13 +137,17 @@ def _round_rows(model: ModelProto, matrix: Matrix, reader: NodeProto, *, is_guar
     """
     name = matrix.multiplied
     rows = _Rows(f"{name}.codes", f"{name}.scale")
-    nodes, steps = [], []
-    for kind, factor in [("Max", _STEP), ("Min", _STEP_DOWN), ("Mean", _STEP)][: 3 if is_guarded else 2]:
-        found, step = f"{name}.{kind.lower()}", f"{name}.{kind.lower()}_step"
-        steps.append(step)
-        nodes.append(helper.make_node(f"Reduce{kind}", [name, _LAST_AXIS], [found], name=found, keepdims=1))
-        nodes.append(helper.make_node("Mul", [found, factor], [step], name=step))
-    nodes.append(helper.make_node("Max", steps, [rows.scale], name=rows.scale))
+    sizes, largest = f"{name}.sizes", f"{name}.largest"
+    nodes = [
+        helper.make_node("Abs", [name], [sizes], name=sizes),
+        helper.make_node("ReduceMax", [sizes, _LAST_AXIS], [largest], name=largest, keepdims=1),
+    ]
+    if is_guarded:
+        mean, guarded = f"{name}.mean", f"{name}.guarded"
+        nodes.append(helper.make_node("ReduceMean", [name, _LAST_AXIS], [mean], name=mean, keepdims=1))
+        nodes.append(helper.make_node("Max", [largest, mean], [guarded], name=guarded))
+        largest = guarded
+    nodes.append(helper.make_node("Mul", [largest, _STEP], [rows.scale], name=rows.scale))
     if is_first:  # uint8 [batch, seq, 1]: QuantizeLinear wants a zero point wherever it has a scale
         shape, middle = f"{_ZERO_POINTS}.shape", numpy_helper.from_array(np.array([_MIDDLE], np.uint8))
         nodes.append(helper.make_node("Shape", [rows.scale], [shape], name=shape))
@@ -179,12 +183,26 @@ def _hand_on_scale(model: ModelProto, name: str, rows: _Rows) -> None:
         return
 
 
+def _join_silu(model: ModelProto) -> None:
+    """Write ``x * sigmoid(x)`` as the one node that ONNX Runtime would make of it at every start."""
+    for sigmoid in [node for node in model.graph.node if node.op_type == "Sigmoid"]:
+        (gate,), (share,) = sigmoid.input, sigmoid.output
+        readers = _readers(model, share)
+        if len(readers) == 1 and readers[0].op_type == "Mul" and set(readers[0].input) == {gate, share}:
+            product = readers[0]
+            joined = helper.make_node(
+                "QuickGelu", [gate], list(product.output), name=product.name, domain="com.microsoft", alpha=1.0
+            )
+            product.CopyFrom(joined)
+            model.graph.node.remove(sigmoid)
+
+
 def _readers(model: ModelProto, name: str) -> list[NodeProto]:
     return [node for node in model.graph.node if name in node.input]
 
 
 def _rounds(node: NodeProto) -> bool:
-    return node.op_type in {"ReduceMax", "ReduceMin", "ReduceMean", "QuantizeLinear"}
+    return node.op_type in {"Abs", "ReduceMean", "QuantizeLinear"}
 
 
 def _is_scaling(node: NodeProto) -> bool:
