@@ -139,7 +139,7 @@ class Engine:
     def decide_many(self, task: str, events: Sequence[Event], *, deadline_s: float) -> list[Answer | EdgeError]:
         """Decide events that wait, several in a pass where the graph allows it.
 
-        An event is answered as it would be alone, but for the rounding of other kernels.
+        An event is answered as it would be alone; a confidence may differ in its last digits (`Lane.take`).
 
         Args:
             task: one of `tasks`.

@@ -159,12 +159,12 @@ def said(found: list[Answer]) -> list[tuple[dict[str, Any], dict[str, float]]]:
 
 
 def about(found: list[Answer]) -> list[tuple[dict[str, Any], Any]]:
-    """The same answers; confidences but for the rounding of passes of other lengths."""
+    """The same answers; confidences but for the last digits of guesses out of line."""
     return [(answer.decision, pytest.approx(answer.confidence, abs=1e-3)) for answer in found]
 
 
 def test_a_task_without_adapter_answers_bit_for_bit_as_in_a_bundle_without_adapters(plain: Path, adapted: Path) -> None:
-    # Without guesses, whose passes have other lengths from answer to answer.
+    # Without guesses: out of line they are scored with the last digits of other sums.
     assert said(answers(engine_on(adapted, PLAIN), "sort")) == said(answers(engine_on(plain, PLAIN), "sort"))
 
 

@@ -297,7 +297,7 @@ class TwoWays:
 @pytest.mark.parametrize("margin", [CLOSE_CALL * 0.9, CLOSE_CALL * 1.1], ids=["close", "clear"])
 def test_what_a_guess_out_of_line_would_decide_by_a_hair_is_asked_again(tmp_path: Path, margin: float) -> None:
     plan = plan_of({"first": {"type": "boolean"}, "second": {"enum": ["x", "y"]}}, tmp_path)
-    first, second = (planned for planned in plan.fields)
+    first, second = plan.fields
     assert isinstance(first, ClosedField)
     assert isinstance(second, ClosedField)
     assert isinstance(first.root, Branch)
