@@ -13,8 +13,9 @@ from edge_agent.contract.manifest import Manifest, ModelSpec, Resources
 from edge_agent.errors import RefusedError
 from export.bundle import list_files, tool_versions, write_file, write_manifest
 from export.checkpoint.source import TOKENIZER_NAME, Checkpoint
+from export.checkpoint.token_table import UnsuitableTokenizerError, token_table
 from export.request import Identity
-from export.stages.layout import MODEL_DIR, read_spec
+from export.stages.layout import MODEL_DIR, TOKEN_TABLE, read_spec
 from export.tasks import TaskFolder
 
 RUNTIME_BASE_BYTES = 120 << 20
@@ -71,6 +72,9 @@ def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         place(parts.model / name, folder / name)
     place(parts.checkpoint.path / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    if table := table_of(parts.checkpoint):
+        write_file(folder, TOKEN_TABLE, table)
+        spec = spec.model_copy(update={"token_table": TOKEN_TABLE})
     for task in parts.tasks:
         for name, source in task.files().items():
             write_file(folder, name, source.read_bytes())
@@ -79,6 +83,14 @@ def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
     manifest = _manifest(parts, spec, folder)
     write_manifest(folder, manifest)
     return manifest
+
+
+def table_of(checkpoint: Checkpoint) -> bytes | None:
+    """The tokenizer as a table; None where it has no need of one, or cannot be one."""
+    try:
+        return token_table(checkpoint.path / TOKENIZER_NAME, checkpoint.file_hashes[TOKENIZER_NAME])
+    except UnsuitableTokenizerError:
+        return None
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:

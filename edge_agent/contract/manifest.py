@@ -92,6 +92,7 @@ class ModelSpec(_Model):
         head_ids: file of the token ids that the head has rows for: int32 little-endian, ascending. None: every token.
         windows: static graphs, widest first; interface 2 only.
         past_tokens: positions that the static past window holds; interface 2 only.
+        token_table: file of the tokenizer as the device maps it (`edge_agent.runtime.token_table`); None: it is read.
         vocab_size: token ids of the tokenizer and rows of the embedding; not the head's rows.
         kv_dtype: element type of the caches.
         adapter_inputs: projections that a task may add a low-rank product to; interface 1 only.
@@ -108,6 +109,7 @@ class ModelSpec(_Model):
     windows: tuple[StaticWindow, ...] | None = None
     past_tokens: int | None = Field(default=None, ge=1)
     tokenizer: str
+    token_table: str | None = None
     architecture: str
     precision: str
     vocab_size: int = Field(ge=2)
@@ -168,10 +170,10 @@ class Manifest(_Model):
         paths = [f.path for f in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
-        head_ids = filter(None, (self.model.head_ids,))
+        optional = filter(None, (self.model.head_ids, self.model.token_table))
         tasks = (f"tasks/{task}/task.yaml" for task in self.tasks)
         adapters = self.model.adapters or {}
-        needed = [*self.model.graph_files, self.model.tokenizer, *head_ids, *tasks, *adapters.values()]
+        needed = [*self.model.graph_files, self.model.tokenizer, *optional, *tasks, *adapters.values()]
         missing = [path for path in needed if path not in paths]
         if missing:
             raise ValueError(f"files named but not listed: {', '.join(missing)}")

@@ -4,16 +4,11 @@ The graph has a branch ``y += (x @ A) @ B`` beside each adapted projection, and 
 and one set of weights serve every task of a bundle; a task without an adapter feeds matrices of rank 0, whose product
 is zeros.
 
-The file is safetensors: the header's length (uint64), the header (JSON: name to dtype, shape and offsets), the numbers.
-Everything is little-endian. It is read here in plain, because forty lines weigh less on a gateway than a library.
-
-Source: safetensors, README, section *Format*.
+The file is safetensors (`tensors.py`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +18,7 @@ from numpy.typing import NDArray
 
 from edge_agent.contract.manifest import ModelSpec
 from edge_agent.errors import PermanentError, from_os_error
-
-MAX_HEADER_BYTES = 1 << 20
-_LENGTH_BYTES = 8
-_DTYPE = "F32"
+from edge_agent.runtime.tensors import Tensors, cut_tensors
 
 Arrays = dict[str, NDArray[np.float32]]
 """Input name to matrix: ``<projection>.A`` float32 (columns, rank), ``<projection>.B`` float32 (rank, rows)."""
@@ -57,14 +49,10 @@ def read_adapter(path: Path) -> Arrays:
         content = path.read_bytes()
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}") from error
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    start = _LENGTH_BYTES + length
-    if len(content) < _LENGTH_BYTES or length > MAX_HEADER_BYTES or start > len(content):
-        raise _invalid(path, "its header does not fit")
     try:
-        return _matrices(json.loads(content[_LENGTH_BYTES:start]), content, start)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        raise _invalid(path, str(error)) from error
+        return _matrices(cut_tensors(np.frombuffer(content, np.uint8)))
+    except ValueError as error:
+        raise PermanentError("adapter.invalid", f"{path.name}: {error}", path=str(path)) from error
 
 
 def adapter_feeds(names: Sequence[str], shapes: Mapping[str, Sequence[Any]], arrays: Arrays) -> Arrays:
@@ -94,33 +82,13 @@ def adapter_feeds(names: Sequence[str], shapes: Mapping[str, Sequence[Any]], arr
     return feeds
 
 
-def _matrices(header: Mapping[str, Any], content: bytes, start: int) -> Arrays:
-    """Cut ``content`` from ``start`` on as the header says; raises what unexpected JSON raises."""
-    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    # In order of their bytes, so that every byte belongs to exactly one matrix.
-    entries.sort(key=lambda item: int(item[1]["data_offsets"][0]))
-    arrays: Arrays = {}
-    end = 0
-    for name, entry in entries:
-        shape, (begin, stop) = _shape(entry), entry["data_offsets"]
-        if begin != end or stop - begin != 4 * math.prod(shape) or start + stop > len(content):
-            raise ValueError(f"the offsets of {name!r} are wrong")
+def _matrices(tensors: Tensors) -> Arrays:
+    matrices: Arrays = {}
+    for name, array in tensors.arrays.items():
+        if array.ndim != 2 or array.dtype != np.dtype("<f4"):
+            raise ValueError(f"{name!r} is no matrix of float32: {array.dtype} {array.shape}")
         # Copied, because the library reads aligned memory of the machine's own byte order.
-        matrix = np.frombuffer(content, "<f4", math.prod(shape), start + begin).reshape(shape).astype(np.float32)
-        if not np.isfinite(matrix).all():
+        matrices[name] = array.astype(np.float32)
+        if not np.isfinite(matrices[name]).all():
             raise ValueError(f"{name!r} holds NaN or infinity")
-        arrays[name], end = matrix, stop
-    if start + end != len(content):
-        raise ValueError("bytes are left over behind the last matrix")
-    return arrays
-
-
-def _shape(entry: Mapping[str, Any]) -> tuple[int, int]:
-    rows, columns = entry["shape"]
-    if entry["dtype"] != _DTYPE or not all(type(size) is int and size >= 0 for size in (rows, columns)):
-        raise ValueError(f"not a matrix of {_DTYPE}: {entry['dtype']!r} {entry['shape']!r}")
-    return rows, columns
-
-
-def _invalid(path: Path, reason: str) -> PermanentError:
-    return PermanentError("adapter.invalid", f"{path.name}: {reason}", path=str(path))
+    return matrices

@@ -56,8 +56,10 @@ def _read_tokenizer(bundle: VerifiedBundle) -> TextEncoder:
     from edge_agent.runtime.encoder import TextEncoder
 
     model = bundle.manifest.model
-    encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size)
-    return_freed_memory()  # 150,000 tokens leave 50 MB behind
+    table = None if model.token_table is None else bundle.path / model.token_table
+    encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size, table)
+    if table is None:
+        return_freed_memory()  # 150,000 tokens leave 50 MB behind
     return encoder
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from edge_agent.errors import PermanentError
@@ -21,38 +22,21 @@ class ByteSpelling:
     """The bytes of a tokenizer's tokens.
 
     Args:
-        spec_json: ``tokenizer.json`` in the Hugging Face format.
+        written: token id to its bytes; control tokens are not in it.
+        single: byte to the token that stands for it alone.
 
     Raises:
         PermanentError: ``tokenizer.no_bytes`` when some byte of UTF-8 has no token of its own.
     """
 
-    def __init__(self, spec_json: str) -> None:
-        spec: dict[str, Any] = json.loads(spec_json)
-        vocabulary: dict[str, int] = _vocabulary(spec["model"])
-        control = {int(added["id"]) for added in spec.get("added_tokens") or []}
-        plain = {token: number for token, number in vocabulary.items() if number not in control}
-        self._bytes: dict[int, bytes]
-        if _has_step(spec, "ByteLevel"):
-            alphabet = byte_level_alphabet()
-            self._bytes = {
-                number: bytes(alphabet[character] for character in token)
-                for token, number in plain.items()
-                if all(character in alphabet for character in token)
-            }
-            single = {found[0]: number for number, found in self._bytes.items() if len(found) == 1}
-        else:
-            fallback = {token: int(found[1], 16) for token in vocabulary if (found := _FALLBACK.match(token))}
-            single = {byte: vocabulary[token] for token, byte in fallback.items()}
-            # SentencePiece writes a space as a lower one eighth block.
-            self._bytes = {number: token.replace("\u2581", " ").encode() for token, number in plain.items()}
-            self._bytes.update({vocabulary[token]: bytes([byte]) for token, byte in fallback.items()})
+    def __init__(self, written: Mapping[int, bytes], single: Mapping[int, int]) -> None:
         missing = sorted(_UTF8_BYTES - set(single))
         if missing:
             raise PermanentError(
                 "tokenizer.no_bytes",
                 f"the tokenizer has no token for {len(missing)} single bytes, such as 0x{missing[0]:02X}",
             )
+        self._written = written
         self._single = single
 
     @property
@@ -60,9 +44,13 @@ class ByteSpelling:
         """The tokens that stand for one byte each."""
         return frozenset(self._single.values())
 
+    def id_of_byte(self, byte: int) -> int | None:
+        """The token that stands for a byte; None for bytes that UTF-8 has no use for."""
+        return self._single.get(byte)
+
     def bytes_of(self, token: int) -> bytes:
         """What a token writes; nothing for a control token."""
-        return self._bytes.get(token, b"")
+        return self._written.get(token, b"")
 
     def by_bytes(self, token: int) -> tuple[int, ...]:
         """The tokens that write the same, one byte each.
@@ -76,13 +64,42 @@ class ByteSpelling:
         return tuple(self._single[byte] for byte in written)
 
 
+def read_spelling(spec_json: str) -> ByteSpelling:
+    """The spelling of a tokenizer.
+
+    Args:
+        spec_json: ``tokenizer.json`` in the Hugging Face format.
+
+    Raises:
+        PermanentError: ``tokenizer.no_bytes``.
+    """
+    spec: dict[str, Any] = json.loads(spec_json)
+    vocabulary: dict[str, int] = _vocabulary(spec["model"])
+    control = {int(added["id"]) for added in spec.get("added_tokens") or []}
+    plain = {token: number for token, number in vocabulary.items() if number not in control}
+    if has_step(spec, "ByteLevel"):
+        alphabet = byte_level_alphabet()
+        written = {
+            number: bytes(alphabet[character] for character in token)
+            for token, number in plain.items()
+            if all(character in alphabet for character in token)
+        }
+        return ByteSpelling(written, {found[0]: number for number, found in written.items() if len(found) == 1})
+    fallback = {token: int(found[1], 16) for token in vocabulary if (found := _FALLBACK.match(token))}
+    # SentencePiece writes a space as a lower one eighth block.
+    written = {number: token.replace("\u2581", " ").encode() for token, number in plain.items()}
+    written |= {vocabulary[token]: bytes([byte]) for token, byte in fallback.items()}
+    return ByteSpelling(written, {byte: vocabulary[token] for token, byte in fallback.items()})
+
+
 def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
     listed: Any = model.get("vocab") or {}
     # Unigram models list [piece, score] in order of ids.
     return dict(listed) if isinstance(listed, dict) else {piece: number for number, (piece, _) in enumerate(listed)}
 
 
-def _has_step(spec: dict[str, Any], kind: str) -> bool:
+def has_step(spec: dict[str, Any], kind: str) -> bool:
+    """Whether a tokenizer divides or joins text with a step of this kind."""
     for stage in ("pre_tokenizer", "decoder"):
         step = spec.get(stage) or {}
         inner = step.get("pretokenizers") or step.get("decoders") or []

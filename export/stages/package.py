@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.contract.manifest import Manifest
 from edge_agent.fs import copy_durable
-from export.assembly import Parts, assemble, checkpoint_facts
+from export.assembly import Parts, assemble, checkpoint_facts, table_of
 from export.bundle import fresh_directory, tool_versions
 from export.card.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
 from export.checkpoint.source import TOKENIZER_NAME
@@ -55,6 +55,7 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
     proof = json.loads((proven / PROOF_NAME).read_text("utf-8"))
     identity, spec = parts.identity, read_spec(parts.model)
     vocabulary = vocabulary_facts(parts.model)
+    table = table_of(parts.checkpoint) or b""
     decoder, *others = [load_graph(parts.model / name) for name in spec.graph_files]
     model_bytes = sum(file.stat().st_size for file in (parts.model / MODEL_DIR).iterdir())
     return {
@@ -65,7 +66,7 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
         "evidence": proof["evidence"],
         "size_bytes": {
             **size_by_part(decoder, model_bytes, *others),
-            "tokenizer": (parts.checkpoint.path / TOKENIZER_NAME).stat().st_size,
+            "tokenizer": (parts.checkpoint.path / TOKENIZER_NAME).stat().st_size + len(table),
         },
         "checkpoint": checkpoint_facts(parts.checkpoint),
         "tools": tool_versions(),

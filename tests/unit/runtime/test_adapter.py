@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edge_agent.errors import PermanentError
-from edge_agent.runtime.adapter import MAX_HEADER_BYTES, adapter_feeds, read_adapter
+from edge_agent.runtime.adapter import adapter_feeds, read_adapter
+from edge_agent.runtime.tensors import MAX_HEADER_BYTES
 
 SHAPES: dict[str, list[Any]] = {"lora.0.A": [4, "r"], "lora.0.B": ["r", 6], "lora.1.A": [6, "s"], "lora.1.B": ["s", 4]}
 NAMES = ("lora.0", "lora.1")

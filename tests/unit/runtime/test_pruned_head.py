@@ -23,7 +23,7 @@ from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.grammar import Branch, ClosedField, Done, compile_plan
 from edge_agent.runtime.guided import GuidedGrammars
 from edge_agent.runtime.head_rows import HeadRows, read_head_rows
-from edge_agent.runtime.spelling import ByteSpelling
+from edge_agent.runtime.spelling import read_spelling
 from tests.fakes import tokenizers
 from tests.fakes.hostile_texts import HOSTILE_TEXTS, SCRIPTS
 from tests.fakes.scoring_model import HashModel
@@ -184,13 +184,13 @@ def test_control_token_writes_nothing(encoder: TextEncoder) -> None:
 @pytest.mark.parametrize("make", [tokenizers.metaspace, lambda p: tokenizers.byte_fallback(p, missing=frozenset({65}))])
 def test_tokenizer_without_a_token_for_each_byte_is_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
     with pytest.raises(PermanentError) as caught:
-        ByteSpelling(make(tmp_path / "tokenizer.json").read_text("utf-8"))
+        read_spelling(make(tmp_path / "tokenizer.json").read_text("utf-8"))
     assert caught.value.code == "tokenizer.no_bytes"
 
 
 def test_bytes_that_no_text_has_may_be_missing(tmp_path: Path) -> None:
     path = tokenizers.byte_fallback(tmp_path / "tokenizer.json", missing=frozenset({0xC0, 0xFF}))
-    assert len(ByteSpelling(path.read_text("utf-8")).byte_ids) == 254
+    assert len(read_spelling(path.read_text("utf-8")).byte_ids) == 254
 
 
 def test_open_field_without_the_bytes_is_refused_at_load(encoder: TextEncoder) -> None:
