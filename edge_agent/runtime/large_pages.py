@@ -3,8 +3,8 @@
 Asked for while the model loads, large pages would double the time to the first answer, because the kernel clears them
 one by one. So a thread gathers the heap onto them once, after the first answer. Nothing but speed depends on it.
 
-Source: madvise(2), MADV_COLLAPSE, Linux 6.1 and newer. Where a system forbids large pages, or has none of about 2 MB,
-nothing happens.
+Source: madvise(2), MADV_COLLAPSE, Linux 6.1 and newer; mallopt(3). Where a system forbids large pages, or has none of
+about 2 MB, nothing happens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pathlib import Path
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS = Path("/proc/self/maps")
 _MADV_COLLAPSE = 25
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_BLOCK_BYTES = 32 << 20
+"""The most that glibc takes."""
 _MAX_FAILURES = 3
 """In a row, after which the memory is taken to be too full or too scattered for more."""
 _LARGEST_PAGE_BYTES = 4 << 20
@@ -44,6 +47,20 @@ class LargePages:
         # No memory for a thread's stack: pages stay as they are.
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._gather, name="large-pages", daemon=True).start()
+
+
+def keep_on_heap() -> None:
+    """Let the C library put large blocks on the heap from now on, where `gather_heap` finds them.
+
+    By itself it maps a block above some size apart, and raises that size when such a block is freed: where the weights
+    lie would depend on what was freed before.
+    """
+    # musl has no such call, and no heap that could be gathered.
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
+        # What is free at the heap's end is kept as before: else every pass would give it back and ask for it again.
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_BLOCK_BYTES)
 
 
 def gather_heap(settings: Path = SETTINGS, maps: Path = MAPS) -> int:

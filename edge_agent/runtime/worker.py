@@ -16,14 +16,17 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+# Before pydantic is imported: it would look through every installed package for plugins, and run those it finds.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
 from edge_agent.runtime.frames import LAST_FAULTS, FrameChannel, Message, error_message
-from edge_agent.runtime.head_start import hash_listed
+from edge_agent.runtime.head_start import HeadStart
+from edge_agent.runtime.large_pages import keep_on_heap
 from edge_agent.runtime.memory import limit_growth, physical_bytes, volunteer_for_oom_kill
 from edge_agent.runtime.speed import Speed
 
@@ -78,18 +81,19 @@ def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine
     """
     with _impatient_threads():
         # Hashing does not hold up the interpreter, which imports the libraries meanwhile.
-        with ThreadPoolExecutor(1, "hash") as beside:
-            hashing = beside.submit(hash_listed, bundle, digest)
+        with HeadStart(bundle, digest) as hashing:
             from edge_agent.runtime.bundle import open_installed_bundle
             from edge_agent.runtime.loading import load_model
             from edge_agent.runtime.providers import CPU, PROVIDERS
             from edge_agent.runtime.session import resolve_threads
 
-            verified = open_installed_bundle(bundle, digest, hashing.result())
+            verified = open_installed_bundle(bundle, digest, hashing.hashes())
         if PROVIDERS[verified.manifest.target] == CPU:
             # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
             # reserve far more addresses than they use.
             limit_growth(physical_bytes())
+        if speed.large_pages:
+            keep_on_heap()
         threads = resolve_threads(threads)
         loaded = load_model(verified, threads, lambda: importlib.import_module("edge_agent.runtime.engine"))
         from edge_agent.runtime.engine import Engine

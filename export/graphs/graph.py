@@ -14,8 +14,9 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import mobius
 import numpy as np
@@ -31,12 +32,16 @@ LOGITS = "logits"
 LAST_HIDDEN = "last_hidden"
 LAST_POSITION = "last_position"
 HEAD_WEIGHT = "lm_head.weight_t"
+Place = dict[str, str]
+"""Of a tensor outside its graph: ``location``, ``offset`` and ``length``."""
 EXTERNAL_FROM_BYTES = 64 << 20
 """Graphs above this size keep their weights in ``<name>.data``, which ONNX Runtime maps instead of copying."""
 
 _INLINE_BYTES = 4096
 _ALIGNED_BYTES = 64
 """ONNX Runtime maps from the page on in which a weight begins: whole pages between weights would be 1 % of a file."""
+SHARD_BYTES = 64 << 20
+"""Of a file of weights: a device hashes several side by side at every start, and fetches less anew after a fault."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,15 @@ def save_graph(model: ModelProto, path: Path, external_from_bytes: int = EXTERNA
     return save_graphs({path: model}, external_from_bytes)
 
 
-def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTERNAL_FROM_BYTES) -> list[Path]:
-    """Write graphs of one folder, with every large weight once in a file of the first: ``<first>.data``.
+def save_graphs(
+    models: dict[Path, ModelProto], external_from_bytes: int = EXTERNAL_FROM_BYTES, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Write graphs of one folder, with every large weight once in files of the first: ``<first>.data``, ``.data.1``.
 
     Args:
         models: graph by path. Weights of one name must be the same weights.
         external_from_bytes: a single graph below this size keeps its weights inside.
+        shard_bytes: beyond which another file of weights is begun.
 
     Returns:
         The files written.
@@ -119,9 +127,8 @@ def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTER
     if len(models) == 1 and sum(len(tensor.raw_data) for tensor in model.graph.initializer) < external_from_bytes:
         first.write_bytes(model.SerializeToString(deterministic=True))
         return [first]
-    weights = first.parent / f"{first.name}.data"
-    written: dict[str, tuple[bytes | None, dict[str, str]]] = {}
-    with weights.open("wb") as writer:
+    written: dict[str, tuple[bytes | None, Place]] = {}
+    with _Shards(first, shard_bytes) as shards:
         for path, model in models.items():
             light = _without_weights(model)
             for tensor in model.graph.initializer:
@@ -129,13 +136,7 @@ def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTER
                     light.graph.initializer.append(tensor)
                     continue
                 if tensor.name not in written:
-                    writer.write(bytes(-writer.tell() % _ALIGNED_BYTES))
-                    place = {
-                        "location": weights.name,
-                        "offset": str(writer.tell()),
-                        "length": str(len(tensor.raw_data)),
-                    }
-                    writer.write(tensor.raw_data)
+                    place = shards.write(tensor.raw_data)
                     # Remembered where another graph may mean something else by the name; all of them are gigabytes.
                     written[tensor.name] = (tensor.raw_data if len(models) > 1 else None), place
                 raw, place = written[tensor.name]
@@ -148,7 +149,43 @@ def save_graphs(models: dict[Path, ModelProto], external_from_bytes: int = EXTER
                 for key, value in place.items():
                     outside.external_data.add(key=key, value=value)
             path.write_bytes(light.SerializeToString(deterministic=True))
-    return [*models, weights]
+    return [*models, *shards.files]
+
+
+class _Shards:
+    """The files of large weights: ``<graph>.data``, ``<graph>.data.1`` and so on."""
+
+    def __init__(self, graph: Path, most_bytes: int) -> None:
+        self._graph = graph
+        self._most_bytes = most_bytes
+        self._writer = self._begin(f"{graph.name}.data")
+        self.files = [Path(self._writer.name)]
+        self._written: dict[bytes, tuple[bytes, Place]] = {}
+
+    def write(self, content: bytes) -> Place:
+        """Append a tensor's bytes, unless a tensor begins with them; returns where they lie, as ONNX says it."""
+        beginning = content[:_ALIGNED_BYTES]
+        whole, place = self._written.get(beginning, (b"", {}))
+        if whole.startswith(content):
+            return {**place, "length": str(len(content))}
+        if self._writer.tell() and self._writer.tell() + len(content) > self._most_bytes:
+            self._writer.close()
+            self._writer = self._begin(f"{self._graph.name}.data.{len(self.files)}")
+            self.files.append(Path(self._writer.name))
+        self._writer.write(bytes(-self._writer.tell() % _ALIGNED_BYTES))
+        place = {"location": self.files[-1].name, "offset": str(self._writer.tell()), "length": str(len(content))}
+        self._writer.write(content)
+        self._written[beginning] = content, place
+        return place
+
+    def _begin(self, name: str) -> BufferedWriter:
+        return (self._graph.parent / name).open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
 
 
 def _without_weights(model: ModelProto) -> ModelProto:

@@ -15,14 +15,14 @@ import torch
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from edge_agent.errors import PermanentError
-from export.graphs.graph import LOGITS, drop_unused_initializers, head_node, insert_before, int_attribute
+from export.graphs.graph import LOGITS, drop_unused_initializers, head_node, int_attribute
+from export.graphs.pruned_head import look_up_rows
 from export.quantisation.block_weights import BlockWeights, middle, round_to_grid, unpack
 from export.quantisation.grids import least_squares
 from export.quantisation.matrices import initializer
 
 RARE_BITS = 2
 RARE_BLOCK = 64
-_SLOTS = "embedding.slots"
 
 
 def coarsen_table(model: ModelProto, ids: npt.NDArray[np.int32]) -> None:
@@ -44,9 +44,8 @@ def coarsen_table(model: ModelProto, ids: npt.NDArray[np.int32]) -> None:
     others = np.setdiff1d(np.arange(vocab), ids)
     rare = _rare_rows(_rows(model, head, others))
     _keep_rows(model, head, lookup, ids)
-    slots = np.empty(vocab, np.int32)
-    slots[ids], slots[others] = np.arange(len(ids)), len(ids) + np.arange(len(others))
-    _look_up_both(model, lookup, slots, len(ids), rare)
+    look_up_rows(model, lookup, np.concatenate([ids, others]))
+    _look_up_both(model, lookup, len(ids), rare)
     columns = next(output for output in model.graph.output if output.name == LOGITS).type.tensor_type.shape.dim[2]
     columns.dim_value = len(ids)
     drop_unused_initializers(model)
@@ -93,16 +92,13 @@ def _keep_rows(model: ModelProto, head: NodeProto, lookup: NodeProto, ids: npt.N
                 shape.CopyFrom(numpy_helper.from_array(np.array([len(ids), *sizes[1:]], np.int64), shape.name))
 
 
-def _look_up_both(
-    model: ModelProto, lookup: NodeProto, slots: npt.NDArray[np.int32], common_rows: int, rare: BlockWeights
-) -> None:
+def _look_up_both(model: ModelProto, lookup: NodeProto, common_rows: int, rare: BlockWeights) -> None:
     """Add what either table gives: an index that is too large gives zeros, the index -1 gives the row of zeros."""
     reshape = next(node for node in model.graph.node if lookup.output[0] in node.input)
     result = reshape.output[0]
     reshape.output[0] = "embedding.common"
     blocks = rare.scales.shape[1]
     tensors: dict[str, np.ndarray] = {
-        _SLOTS: slots,
         "embedding.common_rows": np.array(common_rows, np.int32),
         "embedding.no_row": np.array(-1, np.int32),
         f"embedding.rare_Q{RARE_BITS}": rare.packed,
@@ -110,9 +106,6 @@ def _look_up_both(
         "embedding.rare_shape": np.array([0, 0, blocks * rare.block_size], np.int64),
     }
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
-    find = helper.make_node("Gather", [_SLOTS, lookup.input[1]], ["embedding.slot"], name="embedding.slot", axis=0)
-    insert_before(model, lookup, find)
-    lookup.input[1] = "embedding.slot"
     position = list(model.graph.node).index(reshape) + 1
     nodes = [
         helper.make_node("Sub", ["embedding.slot", "embedding.common_rows"], ["embedding.behind"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from edge_agent.contract.manifest import read_manifest
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
-from edge_agent.runtime.head_start import hash_listed
+from edge_agent.runtime.head_start import HeadStart
 from edge_agent.runtime.signed_bundle import PACKAGED_KEYS, load_trusted_keys, open_signed_bundle
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
@@ -128,9 +129,14 @@ def test_harmed_file_is_named_by_the_worker_too(variant: Variant) -> None:
     assert not worker.alive
 
 
+def hashed_early(bundle: Path, digest: str) -> dict[str, str]:
+    with HeadStart(bundle, digest) as early:
+        return early.hashes()
+
+
 def test_hashes_of_an_early_start_are_those_of_the_files(reference_bundle: Path, reference_digest: str) -> None:
     listed = {entry.path: entry.sha256 for entry in read_manifest(reference_bundle)[0].files}
-    assert hash_listed(reference_bundle, reference_digest) == listed
+    assert hashed_early(reference_bundle, reference_digest) == listed
 
 
 def test_an_early_start_on_another_manifest_hashes_nothing(variant: Variant) -> None:
@@ -138,21 +144,28 @@ def test_an_early_start_on_another_manifest_hashes_nothing(variant: Variant) -> 
     digest = bundle.digest
     manifest = bundle.path / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"tokenizer.json"', b'"/etc/hostname"'))
-    assert hash_listed(bundle.path, digest) == {}
-    assert hash_listed(bundle.path / "nowhere", digest) == {}
+    assert hashed_early(bundle.path, digest) == {}
+    assert hashed_early(bundle.path / "nowhere", digest) == {}
+
+
+def test_an_early_start_that_is_broken_off_ends_at_once(reference_bundle: Path, reference_digest: str) -> None:
+    early = HeadStart(reference_bundle, reference_digest)
+    with pytest.raises(KeyboardInterrupt), early:
+        raise KeyboardInterrupt
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hash")]
 
 
 def test_an_early_hash_does_not_make_up_for_a_harmed_file(variant: Variant) -> None:
     bundle = variant()
     bundle.put("tokenizer.json", "{}")  # signed before, and not sealed again
-    known = hash_listed(bundle.path, bundle.digest)
+    known = hashed_early(bundle.path, bundle.digest)
     assert fault_of(lambda: open_installed_bundle(bundle.path, bundle.digest, known)).code == "bundle.file_truncated"
     bundle.seal()
     bundle.put("tokenizer.json", "[]")
-    known = hash_listed(bundle.path, bundle.digest)
+    known = hashed_early(bundle.path, bundle.digest)
     assert fault_of(lambda: open_installed_bundle(bundle.path, bundle.digest, known)).code == "bundle.file_corrupt"
     (bundle.path / "tokenizer.json").unlink()
-    assert "tokenizer.json" not in hash_listed(bundle.path, bundle.digest)
+    assert "tokenizer.json" not in hashed_early(bundle.path, bundle.digest)
     assert fault_of(lambda: open_installed_bundle(bundle.path, bundle.digest, known)).code == "bundle.file_missing"
 
 

@@ -17,7 +17,7 @@ from export.checkpoint.synth import synthesise
 from export.graphs.fusions import fuse_projections
 from export.graphs.graph import build_fp32, graph_shape, head_node, load_graph, save_graph, save_graphs
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
-from export.graphs.pruned_head import prune_head
+from export.graphs.pruned_head import SLOTS, prune_head
 from export.graphs.ragged import add_ragged
 from export.graphs.split_head import HIDDEN, dynamic_head, split_head
 from export.quantisation.coarse_table import coarsen_table
@@ -58,15 +58,18 @@ def session(model: ModelProto) -> Any:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def logits(model: ModelProto, count: int = 9, ids: list[int] | None = None, **feeds: Any) -> Floats:
-    """Of a text without a past, float32 [rows]."""
+def logits(
+    model: ModelProto, count: int = 9, ids: list[int] | None = None, stored: Path | None = None, **feeds: Any
+) -> Floats:
+    """Of a text without a past, float32 [rows]; by the graph as it is, or as it is stored."""
     shape = graph_shape(model)
     empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)
     caches = {i.name: empty for i in model.graph.input if i.name.startswith("past_")}
     text = np.array([ids]) if ids else np.random.default_rng(0).integers(0, VOCAB, (1, count))  # [1, seq]
     mask = np.ones_like(text)
     name = model.graph.output[0].name
-    (scores,) = session(model).run([name], {"input_ids": text, "attention_mask": mask, **caches, **feeds})
+    loaded = session(model) if stored is None else ort.InferenceSession(stored, providers=["CPUExecutionProvider"])
+    (scores,) = loaded.run([name], {"input_ids": text, "attention_mask": mask, **caches, **feeds})
     result: Floats = scores[0, -1]
     return result
 
@@ -127,6 +130,35 @@ def test_shared_weights_are_written_once_and_read_back(int4: Path, tmp_path: Pat
     assert {t.name: t.raw_data for t in again.graph.initializer} == {t.name: t.raw_data for t in head.graph.initializer}
 
 
+def test_large_weights_go_to_several_files(int4: Path, tmp_path: Path) -> None:
+    model = load_graph(int4)
+    largest = max(len(tensor.raw_data) for tensor in model.graph.initializer)
+    files = save_graphs({tmp_path / "decoder.onnx": model}, 0, largest)
+    assert [file.name for file in files[:3]] == ["decoder.onnx", "decoder.onnx.data", "decoder.onnx.data.1"]
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    assert all(file.stat().st_size <= largest for file in files[1:])
+    assert np.array_equal(logits(load_graph(files[0])), logits(model))
+    assert np.array_equal(logits(model, stored=files[0]), logits(model))
+
+
+def test_rows_of_a_pruned_head_are_stored_with_the_table(int4: Path, tmp_path: Path) -> None:
+    model = load_graph(int4)
+    lookup = next(node for node in model.graph.node if node.op_type == "GatherBlockQuantized")
+    before = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    kept = np.arange(1, VOCAB, 2, dtype=np.int32)
+    prune_head(model, kept)
+    expected = logits(model)
+    compact_scales(model)
+    decoder, weights = save_graphs({tmp_path / "decoder.onnx": model}, 0)
+    outside = ModelProto.FromString(decoder.read_bytes())
+    places = {t.name: {e.key: e.value for e in t.external_data} for t in outside.graph.initializer}
+    table, rows = places[lookup.input[0]], places[head_node(model).input[1]]
+    assert (rows["location"], rows["offset"]) == (table["location"], table["offset"])
+    assert int(rows["length"]) * VOCAB == int(table["length"]) * len(kept)
+    assert weights.stat().st_size < before
+    assert np.array_equal(logits(model, stored=decoder), expected)
+
+
 def test_one_name_for_different_weights_is_refused(int4: Path, tmp_path: Path) -> None:
     decoder, head = split_head(load_graph(int4))
     shared = next(t for t in head.graph.initializer if len(t.raw_data) > 8192)
@@ -156,7 +188,7 @@ def test_pruned_head_scores_the_kept_tokens_as_before(fp32: Path, int4: Path, pr
     model = graph()
     stored = sum(len(t.raw_data) for t in model.graph.initializer)
     prune_head(model, KEPT)
-    rows = sum(len(t.raw_data) for t in model.graph.initializer if t.name.endswith(".kept"))
+    rows = sum(len(t.raw_data) for t in model.graph.initializer if t.name.endswith(".kept") or t.name == SLOTS)
     assert sum(len(t.raw_data) for t in model.graph.initializer) <= stored + rows, "nothing else is stored again"
     assert logits(model).shape == KEPT.shape
     np.testing.assert_allclose(logits(model), logits(graph())[KEPT], rtol=1e-5, atol=1e-5)
