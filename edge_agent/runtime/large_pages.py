@@ -18,7 +18,7 @@ from pathlib import Path
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS = Path("/proc/self/maps")
 _MADV_COLLAPSE = 25
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_BLOCK_BYTES = 32 << 20
 """The most that glibc takes."""
 _MAX_FAILURES = 3
@@ -50,14 +50,15 @@ class LargePages:
 
 
 def keep_on_heap() -> None:
-    """Let the C library put large blocks on the heap from now on, where `gather_heap` finds them.
+    """Let the C library put everything on the heap from now on, where `gather_heap` finds it.
 
-    By itself it maps a block above some size apart, and raises that size when such a block is freed: where the weights
-    lie would depend on what was freed before.
+    By itself it maps blocks above some size apart, and raises that size when such a block is freed: where the weights
+    lie would depend on what was freed before. And it gives every thread memory of its own, of which much stays empty.
     """
     # musl has no such call, and no heap that could be gathered.
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
         # What is free at the heap's end is kept as before: else every pass would give it back and ask for it again.
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_BLOCK_BYTES)

@@ -47,7 +47,6 @@ def load_model(bundle: VerifiedBundle, threads: int, meanwhile: Callable[[], obj
     with ThreadPoolExecutor(1, "tokenizer") as beside:
         beside.submit(meanwhile)
         encoder = beside.submit(_read_tokenizer, bundle)
-        # In the main thread: what others allocate never lies on large pages (`large_pages`).
         session = _open_session(bundle, threads)
         return LoadedModel(session, encoder.result())
 

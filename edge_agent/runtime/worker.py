@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 
 # Before pydantic is imported: it would look through every installed package for plugins, and run those it finds.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+# Before numpy is imported: it would start threads for matrix products that nobody here asks it for.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from edge_agent.contract.event import Event, check_event
 from edge_agent.errors import EdgeError, PermanentError, TransientError
@@ -79,6 +81,8 @@ def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine
     Raises:
         EdgeError: as `open_installed_bundle` and `Engine`.
     """
+    if speed.large_pages:
+        keep_on_heap()
     with _impatient_threads():
         # Hashing does not hold up the interpreter, which imports the libraries meanwhile.
         with HeadStart(bundle, digest) as hashing:
@@ -92,8 +96,6 @@ def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine
             # What this machine cannot hold fails here, by name, before it drives the rest out of memory. Accelerators
             # reserve far more addresses than they use.
             limit_growth(physical_bytes())
-        if speed.large_pages:
-            keep_on_heap()
         threads = resolve_threads(threads)
         loaded = load_model(verified, threads, lambda: importlib.import_module("edge_agent.runtime.engine"))
         from edge_agent.runtime.engine import Engine
