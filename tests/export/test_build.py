@@ -17,14 +17,17 @@ from edge_agent.contract.dsse import MANIFEST_TYPE, load_private_key, load_publi
 from edge_agent.contract.manifest import read_manifest, verify_files
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.bundle import open_installed_bundle
+from edge_agent.runtime.encoder import TextEncoder
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.signed_bundle import open_signed_bundle
 from export.build import BuildResult
+from export.checkpoint.synth import synthesise
+from export.checkpoint.token_table import FEWEST_TOKENS
 from export.proof.greedy import GreedyDecoder
 from export.quantisation.quantize import QuantSettings
 from export.request import Identity, Measurement, read_quality
 from export.signing import load_signing_key, sign_bundle
-from tests.export.conftest import EVENTS, TASK, Build
+from tests.export.conftest import EVENTS, TASK, TINY, Build
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +86,24 @@ def test_engine_and_oracle_agree(bundle: str, tolerance: float, request: pytest.
         decoded = oracle.decide(task, event)
         assert answer.decision == decoded.decision
         assert answer.confidence == pytest.approx(decoded.confidence(), abs=tolerance)
+
+
+def test_large_tokenizer_is_shipped_as_a_table_that_answers_alike(make_bundle: Build, tmp_path: Path) -> None:
+    synthesise("smollm2-135m", tmp_path / "checkpoint", layers=1, **{**TINY, "vocab_size": FEWEST_TOKENS})
+    (tmp_path / "task.yaml").write_text(TASK)  # without golden examples: those of `task_folder` are another model's
+    bundle = tmp_path / "bundle"
+    make_bundle(bundle, checkpoint=tmp_path / "checkpoint", tasks=(tmp_path,))
+    manifest, digest = read_manifest(bundle)
+    assert manifest.model.token_table == "model/tokens.safetensors"
+    assert manifest.model.token_table in {entry.path for entry in manifest.files}
+    engine = Engine(open_installed_bundle(bundle, digest))
+    library = TextEncoder(bundle / manifest.model.tokenizer, manifest.model.vocab_size)
+    task = engine.tasks["sort"]
+    assert engine.encode_prefix("sort") == library.encode(task.prompt.prefix)
+    for event in EVENTS:
+        assert engine.encode_event("sort", event) == library.encode(task.render(event))
+        decoder = GreedyDecoder(bundle / manifest.model.decoder, bundle / manifest.model.tokenizer, manifest.model)
+        assert engine.decide("sort", event, deadline_s=60.0).decision == decoder.decide(task, event).decision
 
 
 def test_existing_bundle_is_not_replaced_unasked(make_bundle: Build, tmp_path: Path) -> None:
