@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.messages import ModelRef
 from edge_agent.contract.routing import check_routing
-from edge_agent.contract.task import GoldenExample, TaskSpec, load_golden, load_task
-from edge_agent.errors import EdgeError, PermanentError, RefusedError
+from edge_agent.contract.task import GoldenExample, TaskSpec
+from edge_agent.errors import EdgeError, RefusedError
 from edge_agent.runtime.adapter import task_adapter
 from edge_agent.runtime.answer import Answer, WorkerFacts
 from edge_agent.runtime.bundle import VerifiedBundle
-from edge_agent.runtime.calibration import load_calibration
 from edge_agent.runtime.drafts import PassCost
-from edge_agent.runtime.grammar import compile_plan
-from edge_agent.runtime.guided import GuidedGrammars
-from edge_agent.runtime.head_rows import read_head_rows
 from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.large_pages import LargePages
 from edge_agent.runtime.loading import LoadedModel, load_model
 from edge_agent.runtime.memory import rss_bytes
-from edge_agent.runtime.prefix_store import PrefixKey, PrefixStore
+from edge_agent.runtime.prefix_store import PrefixStore
 from edge_agent.runtime.prepared import PreparedTask, Question
 from edge_agent.runtime.prompt import EventPrompt, cut_by_template, event_prompt, rendered_event
 from edge_agent.runtime.routing import OwnAnswer
@@ -31,6 +26,7 @@ from edge_agent.runtime.routing import decide as decide_routed
 from edge_agent.runtime.session import resolve_threads
 from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache, StaticSession
+from edge_agent.runtime.task_files import ReadTask
 
 
 class Engine:
@@ -40,7 +36,7 @@ class Engine:
         bundle: verified; nothing else is ever loaded.
         threads: intra-op threads; 0 chooses by `resolve_threads`.
         speed: what is done to be fast.
-        loaded: of `load_model`, with the same bundle and threads; None: it is loaded here.
+        loaded: of `load_model`, with the same bundle, threads and prefixes; None: it is loaded here.
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
@@ -62,13 +58,9 @@ class Engine:
         self._cost = PassCost()
         self._pages = LargePages() if speed.large_pages else None
         self.threads = resolve_threads(threads)
-        model = bundle.manifest.model
-        loaded = loaded or load_model(bundle, self.threads)
+        loaded = loaded or load_model(bundle, self.threads, self._prefixes)
         self._session, self._encoder = loaded.session, loaded.encoder
-        self._head = read_head_rows(model.vocab_size, bundle.path / model.head_ids if model.head_ids else None)
-        self._guided: GuidedGrammars | None = None
-        self._listed = {entry.path for entry in bundle.manifest.files}
-        self._tasks = {name: self._prepare(name) for name in bundle.manifest.tasks}
+        self._tasks = {task.spec.name: self._prepare(task) for task in loaded.tasks}
         check_routing(self.tasks)
         self._load_s = time.monotonic() - started_s
 
@@ -212,43 +204,24 @@ class Engine:
         """Token ids of a task's prefix, which every cache of the task begins with."""
         return list(self.prepared(task).prefix)
 
-    def _prepare(self, name: str) -> PreparedTask:
-        folder = self.bundle.path / "tasks" / name
-        spec = load_task(folder / "task.yaml")
-        if spec.name != name:
-            raise PermanentError("task.invalid", f"task {name!r} calls itself {spec.name!r}")
-        plan = compile_plan(spec, self._encoder, self._guided_grammars, self._head)
-        prefix = self._prefix(spec)
-        capacity = len(prefix) + spec.limits.max_prompt_tokens + plan.max_tokens
-        limit = self.bundle.manifest.model.max_context_tokens
-        if capacity > limit:
-            raise PermanentError(
-                "task.context_exceeded",
-                f"task {name!r} may need {capacity} tokens (prefix {len(prefix)}, event "
-                f"{spec.limits.max_prompt_tokens}, answer {plan.max_tokens}); the model has {limit}",
-            )
-        cache = self._new_cache(name, capacity)
-        self._fill(cache, name, prefix)
-        golden_file, calibration_file = folder / "golden.jsonl", folder / "calibration.json"
-        # Only listed files were verified, so only they are read.
-        golden = load_golden(golden_file, spec) if self._is_listed(golden_file) else ()
-        calibration = load_calibration(calibration_file if self._is_listed(calibration_file) else None, spec)
-        return PreparedTask(spec, plan, calibration, cache, tuple(prefix), golden, self._speed, self._cost)
+    def _prepare(self, task: ReadTask) -> PreparedTask:
+        cache = self._new_cache(task.spec.name, task.capacity_tokens)
+        self._fill(cache, task)
+        parts = (task.spec, task.plan, task.calibration, cache, task.prefix, task.golden)
+        return PreparedTask(*parts, self._speed, self._cost)
 
-    def _fill(self, cache: KvCache | StaticCache, task: str, prefix: list[int]) -> None:
+    def _fill(self, cache: KvCache | StaticCache, task: ReadTask) -> None:
         """Bring the prefix into the cache: from the disk where its state was kept, else by a pass."""
         if not (isinstance(cache, KvCache) and cache.is_in_memory):
-            cache.forward(prefix)
+            cache.forward(task.prefix)
             return
-        key = PrefixKey(self.bundle.digest, task, tuple(prefix), self.threads)
-        state = self._prefixes.load(key, cache.segment_shape(len(prefix)), cache.dtype)
-        if state is None:
-            cache.forward(prefix)
-            self._prefixes.save(key, cache.read(0, 0, len(prefix)))
+        if task.state is None:
+            cache.forward(task.prefix)
+            self._prefixes.save(task.key, cache.read(0, 0, len(task.prefix)))
         else:
-            cache.write(0, 0, state)
-            cache.length = len(prefix)
-        cache.share(len(prefix))
+            cache.write(0, 0, task.state)
+            cache.length = len(task.prefix)
+        cache.share(len(task.prefix))
 
     def _new_cache(self, task: str, capacity_tokens: int) -> KvCache | StaticCache:
         if isinstance(self._session, StaticSession):  # has no adapters: the manifest could not say so
@@ -257,16 +230,3 @@ class Engine:
         adapter = self._session.load_adapter(arrays) if arrays else None
         rows = self._speed.together if self._session.spec.score_at else 1
         return self._session.new_cache(capacity_tokens, rows, adapter)
-
-    def _prefix(self, spec: TaskSpec) -> list[int]:
-        bos = self.bundle.manifest.model.bos_token_id
-        return [*([] if bos is None else [bos]), *self._encoder.encode(spec.prompt.prefix)]
-
-    def _guided_grammars(self) -> GuidedGrammars:
-        if self._guided is None:
-            model = self.bundle.manifest.model
-            self._guided = GuidedGrammars(self._encoder, model.vocab_size, model.eos_token_id, self._head)
-        return self._guided
-
-    def _is_listed(self, path: Path) -> bool:
-        return str(path.relative_to(self.bundle.path)) in self._listed

@@ -1,4 +1,4 @@
-"""From verified files to a model that answers: its graphs and its tokenizer, read at the same time."""
+"""From verified files to a model that answers: its graphs, its tokenizer and its tasks, read at the same time."""
 
 from __future__ import annotations
 
@@ -13,53 +13,61 @@ from edge_agent.runtime.session import ModelSession, check_runtime
 
 if TYPE_CHECKING:  # imported while the graphs are loaded
     from edge_agent.runtime.encoder import TextEncoder
+    from edge_agent.runtime.prefix_store import PrefixStore
     from edge_agent.runtime.static_session import StaticSession
+    from edge_agent.runtime.task_files import ReadTask
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What is read of a bundle before its tasks are.
+    """What is read of a bundle before it can answer.
 
     Args:
         session: the graphs.
         encoder: the tokenizer.
+        tasks: all of the bundle's.
     """
 
     session: ModelSession | StaticSession
     encoder: TextEncoder
+    tasks: tuple[ReadTask, ...]
 
 
-def load_model(bundle: VerifiedBundle, threads: int, meanwhile: Callable[[], object] = lambda: None) -> LoadedModel:
-    """Load graphs and tokenizer.
+def load_model(
+    bundle: VerifiedBundle, threads: int, prefixes: PrefixStore, meanwhile: Callable[[], object] = lambda: None
+) -> LoadedModel:
+    """Load graphs, tokenizer and tasks.
 
-    The library loads graphs without holding up the interpreter; the tokenizer's library holds it up all the while. So
-    the graphs begin first, and a thread does the rest beside them.
+    The library loads graphs without holding up the interpreter; whatever else is to be done holds it up all the while.
+    So the graphs begin first, and a thread does the rest beside them.
 
     Args:
         bundle: verified; nothing else is ever loaded.
         threads: intra-op threads, at least 1.
-        meanwhile: is called in that thread, before the tokenizer is read: for imports.
+        prefixes: where the states of the tasks' prefixes are kept.
+        meanwhile: is called in that thread, before anything else: for imports.
 
     Raises:
         IntegrityError: ``bundle.file_missing`` or ``bundle.file_corrupt``.
-        PermanentError: ``bundle.unsupported``, ``worker.out_of_memory``.
+        PermanentError: ``bundle.unsupported``, ``task.*``, ``worker.out_of_memory``.
     """
-    with ThreadPoolExecutor(1, "tokenizer") as beside:
+    with ThreadPoolExecutor(1, "tasks") as beside:
         beside.submit(meanwhile)
-        encoder = beside.submit(_read_tokenizer, bundle)
+        rest = beside.submit(_read_rest, bundle, threads, prefixes)
         session = _open_session(bundle, threads)
-        return LoadedModel(session, encoder.result())
+        return LoadedModel(session, *rest.result())
 
 
-def _read_tokenizer(bundle: VerifiedBundle) -> TextEncoder:
+def _read_rest(bundle: VerifiedBundle, threads: int, prefixes: PrefixStore) -> tuple[TextEncoder, tuple[ReadTask, ...]]:
     from edge_agent.runtime.encoder import TextEncoder
+    from edge_agent.runtime.task_files import read_tasks
 
     model = bundle.manifest.model
     table = None if model.token_table is None else bundle.path / model.token_table
     encoder = TextEncoder(bundle.path / model.tokenizer, model.vocab_size, table)
     if table is None:
         return_freed_memory()  # 150,000 tokens leave 50 MB behind
-    return encoder
+    return encoder, read_tasks(bundle, encoder, threads, prefixes)
 
 
 def _open_session(bundle: VerifiedBundle, threads: int) -> ModelSession | StaticSession:

@@ -88,6 +88,7 @@ def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine
         with HeadStart(bundle, digest) as hashing:
             from edge_agent.runtime.bundle import open_installed_bundle
             from edge_agent.runtime.loading import load_model
+            from edge_agent.runtime.prefix_store import PrefixStore
             from edge_agent.runtime.providers import CPU, PROVIDERS
             from edge_agent.runtime.session import resolve_threads
 
@@ -97,7 +98,8 @@ def load_engine(bundle: Path, digest: str, threads: int, speed: Speed) -> Engine
             # reserve far more addresses than they use.
             limit_growth(physical_bytes())
         threads = resolve_threads(threads)
-        loaded = load_model(verified, threads, lambda: importlib.import_module("edge_agent.runtime.engine"))
+        prefixes = PrefixStore(speed.prefix_dir)
+        loaded = load_model(verified, threads, prefixes, lambda: importlib.import_module("edge_agent.runtime.engine"))
         from edge_agent.runtime.engine import Engine
 
         return Engine(verified, threads, speed, loaded)
