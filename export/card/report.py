@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,22 @@ HOW_TO = {
 """Where a figure is missing, the command that makes it; words between backticks are set as code."""
 
 
-def size_by_part(model: ModelProto, graph_bytes: int, *others: ModelProto) -> dict[str, int]:
+def size_by_part(
+    model: ModelProto, graph_bytes: int, *others: ModelProto, free: Collection[str] = ()
+) -> dict[str, int]:
     """Bytes of the weights by part of the network; the rest of the graph's files is ``structure``.
 
     Args:
         model: the decoder, weights inside.
         graph_bytes: of all files of the model.
         others: graphs that ship beside it, such as a split head; a weight that both hold is one weight, by its name.
+        free: names of weights that take no bytes of their own.
     """
     sizes = dict.fromkeys([part for part, _ in _PARTS] + ["other weights"], 0)
     weights = {tensor.name: len(tensor.raw_data) for graph in (model, *others) for tensor in graph.graph.initializer}
-    for name, size in weights.items():
+    for name in weights.keys() - set(free):
         part = next((p for p, marks in _PARTS if any(mark in name for mark in marks)), "other weights")
-        sizes[part] += size
+        sizes[part] += weights[name]
     sizes["structure"] = graph_bytes - sum(sizes.values())
     return {part: size for part, size in sizes.items() if size}
 

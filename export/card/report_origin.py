@@ -78,7 +78,7 @@ def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
     if known:
         title = "Rows of the head by reason"
         groups = [Group(_words(reason), (Bar("", max(0.0, count), f"{count:,.0f}"),)) for reason, count in known]
-        note = "The input table and the tokenizer are untouched; what has no row is written byte by byte."
+        note = "The input table and the tokenizer are whole; what has no row is written byte by byte."
         rows = [*((_words(reason), int(count)) for reason, count in known), ("all", vocabulary.get("rows"))]
         shown.append(figure(title, note, bars(title, groups), table(["reason", "rows"], rows)))
     told = {name: value for name, value in vocabulary.items() if name not in _REASONS}

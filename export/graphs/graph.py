@@ -226,6 +226,23 @@ def load_graph(path: Path) -> ModelProto:
     return model
 
 
+def stored_with_others(path: Path) -> frozenset[str]:
+    """Names of weights that take no bytes of their own, because they are the beginning of another's.
+
+    Args:
+        path: a graph that `save_graph` wrote.
+    """
+    model = ModelProto()
+    model.ParseFromString(path.read_bytes())
+    longest: dict[tuple[str, str], tuple[int, str]] = {}
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    for tensor in outside:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        start, size = (place["location"], place["offset"]), (int(place["length"]), tensor.name)
+        longest[start] = max(size, longest.get(start, size))
+    return frozenset(tensor.name for tensor in outside) - {name for _, name in longest.values()}
+
+
 def _scratch_beside(path: Path) -> Path | None:
     # Beside the checkpoint a hard link is possible; elsewhere gigabytes would be copied.
     return path.parent if os.access(path.parent, os.W_OK) else None

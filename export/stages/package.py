@@ -15,7 +15,7 @@ from export.assembly import Parts, assemble, checkpoint_facts, table_of
 from export.bundle import fresh_directory, tool_versions
 from export.card.report import REPORT_HTML, REPORT_JSON, report_html_bytes, report_json_bytes, size_by_part
 from export.checkpoint.source import TOKENIZER_NAME
-from export.graphs.graph import load_graph
+from export.graphs.graph import load_graph, stored_with_others
 from export.proof.evaluate import without_curves
 from export.signing import sign_bundle
 from export.stages.layout import MODEL_DIR, PROOF_NAME, read_spec
@@ -56,7 +56,9 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
     identity, spec = parts.identity, read_spec(parts.model)
     vocabulary = vocabulary_facts(parts.model)
     table = table_of(parts.checkpoint) or b""
-    decoder, *others = [load_graph(parts.model / name) for name in spec.graph_files]
+    graphs = [parts.model / name for name in spec.graph_files]
+    decoder, *others = map(load_graph, graphs)
+    free = frozenset().union(*map(stored_with_others, graphs))
     model_bytes = sum(file.stat().st_size for file in (parts.model / MODEL_DIR).iterdir())
     return {
         "format": 1,
@@ -65,7 +67,7 @@ def _report(parts: Parts, proven: Path, calibration: dict[str, bytes]) -> dict[s
         "verification": proof["verification"],
         "evidence": proof["evidence"],
         "size_bytes": {
-            **size_by_part(decoder, model_bytes, *others),
+            **size_by_part(decoder, model_bytes, *others, free=free),
             "tokenizer": (parts.checkpoint.path / TOKENIZER_NAME).stat().st_size + len(table),
         },
         "checkpoint": checkpoint_facts(parts.checkpoint),

@@ -12,10 +12,19 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 from edge_agent.errors import EdgeError
+from export.card.report import size_by_part
 from export.checkpoint.source import open_checkpoint
 from export.checkpoint.synth import synthesise
 from export.graphs.fusions import fuse_projections
-from export.graphs.graph import build_fp32, graph_shape, head_node, load_graph, save_graph, save_graphs
+from export.graphs.graph import (
+    build_fp32,
+    graph_shape,
+    head_node,
+    load_graph,
+    save_graph,
+    save_graphs,
+    stored_with_others,
+)
 from export.graphs.int8_kv import measure_kv_scales, quantise_kv
 from export.graphs.pruned_head import SLOTS, prune_head
 from export.graphs.ragged import add_ragged
@@ -156,6 +165,11 @@ def test_rows_of_a_pruned_head_are_stored_with_the_table(int4: Path, tmp_path: P
     assert (rows["location"], rows["offset"]) == (table["location"], table["offset"])
     assert int(rows["length"]) * VOCAB == int(table["length"]) * len(kept)
     assert weights.stat().st_size < before
+    assert stored_with_others(decoder) == {head_node(model).input[1]}
+    files_bytes = decoder.stat().st_size + weights.stat().st_size
+    sizes = size_by_part(model, files_bytes, free=stored_with_others(decoder))
+    assert sum(sizes.values()) == files_bytes
+    assert 0 < sizes["structure"] < files_bytes / 2
     assert np.array_equal(logits(model, stored=decoder), expected)
 
 
