@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import threading
@@ -13,10 +14,10 @@ from edge_agent.runtime.large_pages import LargePages, gather_heap, large_page_b
 
 MB = 1 << 20
 GROW = """
-import ctypes, hashlib, sys
-from edge_agent.runtime.large_pages import gather_heap
-libc = ctypes.CDLL(None)
-libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what follows lies on the heap
+import hashlib
+from edge_agent.runtime.large_pages import gather_heap, keep_on_heap
+
+keep_on_heap()
 blocks = [bytearray(bytes([number % 251]) * (1 << 20)) for number in range(64)]
 before = [hashlib.sha256(block).hexdigest() for block in blocks]
 gathered = gather_heap()
@@ -37,6 +38,29 @@ def test_heap_is_gathered_and_keeps_what_it_holds() -> None:
         assert gathered > 32 * MB
     else:
         assert gathered >= 0
+
+
+ONE_HEAP = """
+import ctypes, threading
+from edge_agent.runtime.large_pages import keep_on_heap
+
+keep_on_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+found = [libc.malloc(16 << 20)]
+thread = threading.Thread(target=lambda: found.append(libc.malloc(16 << 20)))
+thread.start()
+thread.join()
+parts = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.endswith("[heap]\\n")]
+print(all(any(int(a, 16) <= at < int(b, 16) for a, b in parts) for at in found))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has no heap that could be kept together")
+def test_large_blocks_of_every_thread_lie_on_the_heap() -> None:
+    result = subprocess.run([sys.executable, "-c", ONE_HEAP], check=True, capture_output=True, text=True)
+    assert result.stdout == "True\n"
 
 
 @pytest.mark.parametrize(
