@@ -104,8 +104,9 @@ def test_it_happens_once() -> None:
 
 def test_heap_in_several_parts_is_taken_as_a_whole(tmp_path: Path) -> None:
     maps = tmp_path / "maps"
-    # Addresses that nobody has: every attempt fails, and the third is the last.
+    # The kernel's own addresses, which no process has: every attempt fails, and the third is the last.
     maps.write_bytes(
-        b"7ff000000000-7ff000200000 rw-p 0 00:00 0 [heap]\n7ff000200000-7ff010000000 rw-p 0 00:00 0 [heap]\n\xff\n"
+        b"ffff800000000000-ffff800000200000 rw-p 0 00:00 0 [heap]\n"
+        b"ffff800000200000-ffff800010000000 rw-p 0 00:00 0 [heap]\n\xff\n"
     )
     assert gather_heap(maps=maps) == 0
