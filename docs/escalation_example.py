@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -81,7 +82,7 @@ def _bundle_that_escalates(bundle: Path) -> tuple[Path, str]:
         FileEntry(path=e.path, size=(bundle / e.path).stat().st_size, sha256=sha256_file(bundle / e.path))
         for e in manifest.files
     )
-    raw = manifest.model_copy(update={"files": files}).to_bytes()
+    raw = replace(manifest, files=files).to_bytes()
     (bundle / MANIFEST_NAME).write_bytes(raw)
     return bundle, manifest_digest(raw)
 

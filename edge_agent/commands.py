@@ -172,11 +172,13 @@ def _one_task(tasks: tuple[str, ...], wanted: str | None) -> str:
 
 def _decide_one(engine: Engine, task: str, raw: bytes | str, deadline_s: float | None) -> dict[str, Any]:
     from edge_agent.answering import decision_of
+    from edge_agent.contract.messages import model_ref
 
     spec = engine.tasks[task]
     event = parse_event(raw, max_bytes=spec.limits.max_event_bytes)
     answer = engine.decide(task, event, deadline_s=deadline_s or spec.deadline_ms / 1000)
-    return decision_of(answer, task, event_id(event), engine.model_ref).model_dump(mode="json")
+    model = model_ref(engine.bundle.manifest, engine.bundle.digest)
+    return decision_of(answer, task, event_id(event), model).model_dump(mode="json")
 
 
 def _events_of_file(path: Path) -> list[Event]:

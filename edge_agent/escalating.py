@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
-from pydantic import ValidationError
-
-from edge_agent.contract.escalation import Escalation, EscalationSpec, Outcome
+from edge_agent.contract.document import read_document, to_json
+from edge_agent.contract.escalation import EscalationSpec
+from edge_agent.contract.escalation_messages import Escalation, Outcome
 from edge_agent.contract.event import Event, parse_event
 from edge_agent.contract.messages import Decision, now_ms
 from edge_agent.contract.task import TaskSpec
@@ -54,9 +55,9 @@ class EscalationStore:
             return None
         try:
             guess = Decision.model_validate_json(found.guess)
-            task = TaskSpec.model_validate_json(found.spec)
+            task = read_document(TaskSpec, json.loads(found.spec))
             event = parse_event(found.payload, max_bytes=task.limits.max_event_bytes)
-        except (ValidationError, EdgeError) as error:
+        except (ValueError, EdgeError) as error:
             self._bury(escalation_id, type(error).__name__)
             return None
         return Case(_waiting(found.row), guess, task, event)
@@ -166,7 +167,7 @@ class Escalating:
                 decision_id=decision.decision_id,
                 destination=spec.to,
                 guess=decision.model_dump_json().encode(),
-                spec=task.model_dump_json(by_alias=True).encode(),
+                spec=to_json(task),
                 boot_id=now.boot_id,
                 begun_ms=now.at_ms,
                 timeout_ms=round(timeout_s * 1000),

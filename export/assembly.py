@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from edge_agent.contract.document import DocumentError, read_document
 from edge_agent.contract.manifest import Manifest, ModelSpec, Resources
 from edge_agent.errors import RefusedError
 from export.bundle import list_files, tool_versions, write_file, write_manifest
@@ -74,7 +73,7 @@ def assemble(parts: Parts, folder: Path, place: Place) -> Manifest:
     place(parts.checkpoint.path / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     if table := table_of(parts.checkpoint):
         write_file(folder, TOKEN_TABLE, table)
-        spec = spec.model_copy(update={"token_table": TOKEN_TABLE})
+        spec = replace(spec, token_table=TOKEN_TABLE)
     for task in parts.tasks:
         for name, source in task.files().items():
             write_file(folder, name, source.read_bytes())
@@ -107,7 +106,8 @@ def _manifest(parts: Parts, spec: ModelSpec, folder: Path) -> Manifest:
     files = list_files(folder)
     disk_bytes = sum(entry.size for entry in files)
     try:
-        return Manifest.model_validate(
+        return read_document(
+            Manifest,
             {
                 "name": parts.identity.name,
                 "version": parts.identity.version,
@@ -124,11 +124,10 @@ def _manifest(parts: Parts, spec: ModelSpec, folder: Path) -> Manifest:
                     "tools": tool_versions(),
                     **({"lineage": list(parts.lineage)} if parts.lineage else {}),
                 },
-            }
+            },
         )
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RefusedError("export.manifest_invalid", faults) from error
+    except DocumentError as error:
+        raise RefusedError("export.manifest_invalid", str(error)) from error
 
 
 def ram_bytes(spec: ModelSpec, disk_bytes: int) -> int:

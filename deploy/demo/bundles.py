@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ def _write(source: Path, manifest: Manifest, variant: Variant, change: Callable[
         if (path := bundle / entry.path).exists()
     )
     # The graphs for the CPU targets are the same; only the name on the box must be this machine's.
-    update = {"version": variant.version, "target": machine_target(), "files": files}
-    (bundle / MANIFEST_NAME).write_bytes(manifest.model_copy(update=update).to_bytes())
+    made = replace(manifest, version=variant.version, target=machine_target(), files=files)
+    (bundle / MANIFEST_NAME).write_bytes(made.to_bytes())
 
 
 def _stricter(bundle: Path, tasks: tuple[str, ...]) -> None:

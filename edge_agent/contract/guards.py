@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from annotated_types import MinLen
 
+from edge_agent.contract.document import Strict
 from edge_agent.contract.event import Event, Scalar
 from edge_agent.contract.output import EnumField, Identifier, IntField, OutputField
-from edge_agent.contract.strict import Strict
 
 
+@dataclass(frozen=True, kw_only=True)
 class Condition(Strict):
     """True when the event's field matches: give exactly one of ``equals``, ``in`` or ``contains``."""
 
     event: str
     equals: Scalar = None
-    one_of: tuple[Scalar, ...] | None = Field(default=None, alias="in")
+    one_of: tuple[Scalar, ...] | None = None
     contains: str | None = None
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    # In a file it is `in`, which is no name for a field in Python.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        **Strict.__pydantic_config__,
+        "alias_generator": lambda name: "in" if name == "one_of" else name,
+    }
+
+    def __post_init__(self) -> None:
         if sum(x is not None for x in (self.equals, self.one_of, self.contains)) != 1:
             raise ValueError("a condition needs exactly one of: equals, in, contains")
-        return self
 
     def holds(self, event: Event) -> bool:
         """Whether ``event`` satisfies this condition; strings are compared without case."""
@@ -35,25 +41,25 @@ class Condition(Strict):
         return value == _fold(self.equals)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Effect(Strict):
     """What a guard enforces on one field: an exact value, or (for enums and integers) a floor."""
 
     equals: Scalar = None
     at_least: str | int | None = None
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.equals is None) == (self.at_least is None):
             raise ValueError("an effect needs exactly one of: equals, at_least")
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class Guard(Strict):
     """A rule that overrides the model. Guards run last and are named in the decision when they change it."""
 
     name: Identifier
-    when: tuple[Condition, ...] = Field(min_length=1)
-    then: dict[str, Effect] = Field(min_length=1)
+    when: Annotated[tuple[Condition, ...], MinLen(1)]
+    then: Annotated[dict[str, Effect], MinLen(1)]
 
 
 PREFIX_ECHO = "prefix_echo"

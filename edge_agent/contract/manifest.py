@@ -14,11 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from annotated_types import Ge, MinLen
 
+from edge_agent.contract.bounds import Matches
+from edge_agent.contract.document import DocumentError, read_document, to_document
 from edge_agent.errors import IntegrityError, PermanentError, RefusedError, from_os_error
 from edge_agent.fs import sha256_file
 
@@ -28,33 +31,27 @@ MAX_MANIFEST_BYTES = 1 << 20
 MASKED_BIAS = -1000.0
 """What hides a position in a static graph. Trained attention knows scores of 100, so that -100 would not hide what a
 rewound text left behind; -3.4e38, which training uses, leaves a 16-bit tensor no room for anything else."""
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Sha256 = Annotated[str, Matches(r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Matches(r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Target = Literal["cpu-arm64", "cpu-x86_64", "cuda-jetson", "qnn-htp", "openvino"]
 
 
-class _Model(BaseModel):
-    # Unknown fields are ignored, so that a newer exporter's additions do not strand an older device.
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class FileEntry(_Model):
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
     """One file of the bundle, by content."""
 
     path: str
-    size: int = Field(ge=0)
+    size: Annotated[int, Ge(0)]
     sha256: Sha256
 
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or not path.parts or str(path) != value or "\\" in value:
-            raise ValueError(f"{value!r} does not stay inside the bundle")
-        return value
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.path)
+        if path.is_absolute() or ".." in path.parts or not path.parts or str(path) != self.path or "\\" in self.path:
+            raise ValueError(f"{self.path!r} does not stay inside the bundle")
 
 
-class StaticWindow(_Model):
+@dataclass(frozen=True, kw_only=True)
+class StaticWindow:
     """One graph of a static model: it takes exactly ``tokens`` tokens a pass.
 
     Args:
@@ -63,10 +60,11 @@ class StaticWindow(_Model):
     """
 
     graph: str
-    tokens: int = Field(ge=1)
+    tokens: Annotated[int, Ge(1)]
 
 
-class ModelSpec(_Model):
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
     """The graph's shape, as the engine needs it.
 
     Graph interface 1 (dynamic): inputs ``input_ids`` int64 [batch, seq], ``attention_mask`` int64 [batch, past + seq],
@@ -107,24 +105,23 @@ class ModelSpec(_Model):
     score_at: bool | None = None
     alternatives: bool | None = None
     windows: tuple[StaticWindow, ...] | None = None
-    past_tokens: int | None = Field(default=None, ge=1)
+    past_tokens: Annotated[int, Ge(1)] | None = None
     tokenizer: str
     token_table: str | None = None
     architecture: str
     precision: str
-    vocab_size: int = Field(ge=2)
-    num_layers: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    max_context_tokens: int = Field(ge=16)
+    vocab_size: Annotated[int, Ge(2)]
+    num_layers: Annotated[int, Ge(1)]
+    num_kv_heads: Annotated[int, Ge(1)]
+    head_dim: Annotated[int, Ge(1)]
+    max_context_tokens: Annotated[int, Ge(16)]
     kv_dtype: Literal["float32", "float16", "int8"] = "float32"
     bos_token_id: int | None = None
     eos_token_id: int
     adapter_inputs: tuple[str, ...] | None = None
     adapters: dict[str, str] | None = None
 
-    @model_validator(mode="after")
-    def _interfaces_apart(self) -> ModelSpec:
+    def __post_init__(self) -> None:
         static = self.graph_interface == 2
         if static != bool(self.windows) or static != (self.past_tokens is not None):
             raise ValueError("graph interface 2, and only it, has windows and past_tokens")
@@ -134,7 +131,6 @@ class ModelSpec(_Model):
             raise ValueError("alternatives are of use only where several positions are scored")
         if (static or not self.adapter_inputs) and self.adapters:
             raise ValueError("adapters need a graph of interface 1 with adapter_inputs")
-        return self
 
     @property
     def graph_files(self) -> tuple[str, ...]:
@@ -143,14 +139,16 @@ class ModelSpec(_Model):
         return (self.decoder, *windows, *filter(None, (self.head,)))
 
 
-class Resources(_Model):
+@dataclass(frozen=True, kw_only=True)
+class Resources:
     """What the bundle asks of the machine."""
 
-    disk_bytes: int = Field(ge=0)
-    ram_bytes: int = Field(ge=0)
+    disk_bytes: Annotated[int, Ge(0)]
+    ram_bytes: Annotated[int, Ge(0)]
 
 
-class Manifest(_Model):
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
     """A bundle's identity. Two bundles with equal digests are the same bundle."""
 
     format: Literal[1] = 1
@@ -158,15 +156,14 @@ class Manifest(_Model):
     version: Name
     target: Target
     model: ModelSpec
-    tasks: tuple[str, ...] = Field(min_length=1)
-    files: tuple[FileEntry, ...] = Field(min_length=1)
-    minimum_runtime: dict[str, str] = {}
+    tasks: Annotated[tuple[str, ...], MinLen(1)]
+    files: Annotated[tuple[FileEntry, ...], MinLen(1)]
+    minimum_runtime: dict[str, str] = field(default_factory=dict)
     resources: Resources
-    quality: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
+    quality: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _names_exist(self) -> Manifest:
+    def __post_init__(self) -> None:
         paths = [f.path for f in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
@@ -179,7 +176,6 @@ class Manifest(_Model):
             raise ValueError(f"files named but not listed: {', '.join(missing)}")
         if strangers := sorted(adapters.keys() - set(self.tasks)):
             raise ValueError(f"adapters of tasks that are not here: {', '.join(strangers)}")
-        return self
 
     @property
     def size_bytes(self) -> int:
@@ -188,7 +184,7 @@ class Manifest(_Model):
 
     def to_bytes(self) -> bytes:
         """The canonical bytes: what is hashed, signed and written."""
-        dumped = self.model_dump(mode="json", exclude_none=True)
+        dumped = to_document(self, exclude_none=True)
         return (json.dumps(dumped, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
@@ -213,10 +209,9 @@ def parse_manifest(manifest_bytes: bytes) -> Manifest:
     if isinstance(parsed, dict) and parsed.get("format") not in (1, None):
         raise RefusedError("bundle.format_unsupported", f"manifest format {parsed['format']!r} is not supported")
     try:
-        return Manifest.model_validate(parsed)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise IntegrityError("bundle.manifest_invalid", faults) from error
+        return read_document(Manifest, parsed)
+    except DocumentError as error:
+        raise IntegrityError("bundle.manifest_invalid", str(error)) from error
 
 
 def read_manifest(bundle: Path) -> tuple[Manifest, str]:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edge_agent.contract.escalation import Escalation
-from edge_agent.contract.manifest import Name, Sha256
+from edge_agent.contract.escalation_messages import Escalation
+from edge_agent.contract.manifest import Manifest, Name, Sha256
+from edge_agent.contract.routing import Route
 
-Route = Literal["device", "cache", "rule", "escalated", "abstained"]
 UpdateState = Literal[
     "idle",
     "downloading",
@@ -40,6 +40,16 @@ class ModelRef(_Payload):
     name: str
     version: str
     digest: Sha256
+
+
+def model_ref(manifest: Manifest, digest: str) -> ModelRef:
+    """Which model a bundle holds.
+
+    Args:
+        manifest: the bundle's.
+        digest: hex SHA-256 of its bytes.
+    """
+    return ModelRef(name=manifest.name, version=manifest.version, digest=digest)
 
 
 class Decision(_Payload):

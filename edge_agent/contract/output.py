@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from annotated_types import Ge, Le, MaxLen, MinLen
 
-from edge_agent.contract.strict import Strict
+from edge_agent.contract.bounds import Matches
+from edge_agent.contract.document import DocumentError, Strict, read_document
 from edge_agent.errors import PermanentError
 
 MAX_TEXT_CHARS = 512
-Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Identifier = Annotated[str, Matches(r"^[a-z][a-z0-9_]{0,31}$")]
 
 
+@dataclass(frozen=True, kw_only=True)
 class EnumField(Strict):
     """A closed choice. Order matters: guards with ``at_least`` read it as ascending."""
 
     kind: Literal["enum"] = "enum"
     name: Identifier
-    values: tuple[str, ...] = Field(min_length=1, max_length=256)
+    values: Annotated[tuple[str, ...], MinLen(1), MaxLen(256)]
 
 
+@dataclass(frozen=True, kw_only=True)
 class BoolField(Strict):
     """true or false."""
 
@@ -28,6 +32,7 @@ class BoolField(Strict):
     name: Identifier
 
 
+@dataclass(frozen=True, kw_only=True)
 class IntField(Strict):
     """An integer in [minimum, maximum]."""
 
@@ -37,12 +42,13 @@ class IntField(Strict):
     maximum: int
 
 
+@dataclass(frozen=True, kw_only=True)
 class TextField(Strict):
     """A string of at most ``max_length`` characters."""
 
     kind: Literal["string"] = "string"
     name: Identifier
-    max_length: int = Field(ge=1, le=MAX_TEXT_CHARS)
+    max_length: Annotated[int, Ge(1), Le(MAX_TEXT_CHARS)]
 
 
 OutputField = EnumField | BoolField | IntField | TextField
@@ -70,13 +76,16 @@ def parse_output_schema(schema: dict[str, Any]) -> tuple[OutputField, ...]:
         raise refuse("output schema must be an object with properties")
     if schema.get("additionalProperties", False) is not False:
         raise refuse("output schema must not allow additional properties")
-    if set(schema.get("required", properties)) != set(properties):
+    names = list(properties)
+    required = schema.get("required", names)
+    # Not as sets: what a person wrote there may be anything, and have no hash.
+    if not (isinstance(required, list) and all(one in names and one in required for one in (*names, *required))):
         raise refuse("every property of the output schema must be required")
     return tuple(_output_field(name, spec, refuse) for name, spec in properties.items())
 
 
 def _output_field(name: str, spec: Any, refuse: Any) -> OutputField:
-    if not isinstance(spec, dict) or any(key.startswith("$") for key in spec):
+    if not isinstance(spec, dict) or any(str(key).startswith("$") for key in spec):
         raise refuse(f"property {name!r}: references and recursion are not supported")
     kind = spec.get("type", "string" if "enum" in spec else None)
     try:
@@ -86,20 +95,20 @@ def _output_field(name: str, spec: Any, refuse: Any) -> OutputField:
                 raise refuse(f"property {name!r}: an enum must list non-empty strings")
             if len(set(values)) != len(values):
                 raise refuse(f"property {name!r}: enum values repeat")
-            return EnumField(name=name, values=tuple(values))
+            return read_document(EnumField, {"name": name, "values": values})
         if kind == "boolean":
-            return BoolField(name=name)
+            return read_document(BoolField, {"name": name})
         if kind == "integer":
             low, high = spec.get("minimum"), spec.get("maximum")
             if not isinstance(low, int) or not isinstance(high, int) or low > high:
                 raise refuse(f"property {name!r}: an integer needs whole numbers minimum <= maximum")
-            return IntField(name=name, minimum=low, maximum=high)
+            return read_document(IntField, {"name": name, "minimum": low, "maximum": high})
         if kind == "string":
             if "maxLength" not in spec:
                 raise refuse(f"property {name!r}: a string needs maxLength (at most {MAX_TEXT_CHARS})")
-            return TextField(name=name, max_length=spec["maxLength"])
-    except ValidationError as error:
-        raise refuse(f"property {name!r}: {error.errors()[0]['msg']}") from error
+            return read_document(TextField, {"name": name, "max_length": spec["maxLength"]})
+    except DocumentError as error:
+        raise refuse(f"property {name!r}: {error.faults[0][1]}") from error
     # A few lines of YAML aliases may stand for gigabytes of lists: never spelled out.
     shown = kind[:40] if isinstance(kind, str) else type(kind).__name__
     raise refuse(f"property {name!r}: type {shown!r} is not supported")

@@ -10,24 +10,29 @@ that one event can cost is three tasks, and no declaration can run in circles.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from annotated_types import Ge, Le, MinLen
 
+from edge_agent.contract.document import Strict
 from edge_agent.contract.guards import Effect
 from edge_agent.contract.output import EnumField, Identifier, IntField, OutputField, TextField, accepts
-from edge_agent.contract.strict import Strict
 from edge_agent.errors import PermanentError
 
 if TYPE_CHECKING:
     from edge_agent.contract.task import TaskSpec
 
-Answers = Annotated[tuple[bool | int | str, ...], Field(min_length=1)]
-When = Annotated[dict[Identifier, Answers], Field(min_length=1)]
+Route = Literal["device", "cache", "rule", "escalated", "abstained"]
+"""Who had the last word in a published decision."""
+Answers = Annotated[tuple[bool | int | str, ...], MinLen(1)]
+When = Annotated[dict[Identifier, Answers], MinLen(1)]
 """Field to the values that match; every field must match. Text cannot be matched: it is not a choice."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Handoff(Strict):
     """Hand the event to ``to`` when the router's own answer matches."""
 
@@ -35,6 +40,7 @@ class Handoff(Strict):
     to: Identifier
 
 
+@dataclass(frozen=True, kw_only=True)
 class Veto(Strict):
     """Ask ``task`` about the event, and let its answer overrule the decision.
 
@@ -45,15 +51,13 @@ class Veto(Strict):
 
     task: Identifier
     when: When
-    min_confidence: float = Field(default=0.0, ge=0, le=1)
-    then: dict[str, Effect] = Field(default={})
+    min_confidence: Annotated[float, Ge(0), Le(1)] = 0.0
+    then: dict[str, Effect] = dataclasses.field(default_factory=dict)
     abstain: bool = False
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    def __post_init__(self) -> None:
         if bool(self.then) == self.abstain:
             raise ValueError("a veto needs exactly one of: then, abstain")
-        return self
 
 
 def matches(when: Mapping[str, Sequence[Any]], answer: Mapping[str, Any]) -> bool:

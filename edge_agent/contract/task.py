@@ -5,32 +5,39 @@ A task is the file an OT engineer edits (``tasks/<name>/task.yaml`` with ``golde
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from annotated_types import Ge, Le, MaxLen, MinLen
 
+from edge_agent.contract.bounds import Matches
+from edge_agent.contract.document import DocumentError, Strict, read_document
 from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import PREFIX_ECHO, Guard, echoes, enforce
 from edge_agent.contract.output import Identifier, OutputField, TextField, accepts, parse_output_schema
 from edge_agent.contract.routing import Handoff, Veto, check_effects
-from edge_agent.contract.strict import Strict
 from edge_agent.contract.thresholds import Threshold
 from edge_agent.errors import PermanentError, RefusedError
 
+Label = Annotated[str, Matches(r"^[^\s:][^\n:]{0,23}$")]
 
+
+@dataclass(frozen=True, kw_only=True)
 class EventField(Strict):
     """One line of the rendered event: ``label: value``."""
 
     field: str
-    label: str = Field(pattern=r"^[^\s:][^\n:]{0,23}$")
-    max_chars: int = Field(default=64, ge=1, le=4000)
+    label: Label
+    max_chars: Annotated[int, Ge(1), Le(4000)] = 64
 
 
+@dataclass(frozen=True, kw_only=True)
 class Deviation(Strict):
     """A line computed on the device: by how many percent ``value`` lies beyond ``limit`` (signed, rounded).
 
@@ -39,25 +46,28 @@ class Deviation(Strict):
 
     deviation: str
     limit: str
-    label: str = Field(pattern=r"^[^\s:][^\n:]{0,23}$")
+    label: Label
 
 
+@dataclass(frozen=True, kw_only=True)
 class Prompt(Strict):
     """Prefix (cached once per model), event lines ordered from stable to volatile, and the answer cue."""
 
-    prefix: str = Field(min_length=1, max_length=4000)
-    event: tuple[EventField | Deviation, ...] = Field(min_length=1)
-    suffix: str = Field(default="answer: ", min_length=1, max_length=64)
+    prefix: Annotated[str, MinLen(1), MaxLen(4000)]
+    event: Annotated[tuple[EventField | Deviation, ...], MinLen(1)]
+    suffix: Annotated[str, MinLen(1), MaxLen(64)] = "answer: "
     on_overlong: Literal["truncate", "refuse"] = "truncate"
 
 
+@dataclass(frozen=True, kw_only=True)
 class Limits(Strict):
     """Bounds of one decision."""
 
-    max_event_bytes: int = Field(default=16_384, ge=64, le=1_048_576)
-    max_prompt_tokens: int = Field(default=256, ge=16, le=8192)
+    max_event_bytes: Annotated[int, Ge(64), Le(1_048_576)] = 16_384
+    max_prompt_tokens: Annotated[int, Ge(16), Le(8192)] = 256
 
 
+@dataclass(frozen=True, kw_only=True)
 class GoldenExample(Strict):
     """An event with the answer that every acceptable model must give."""
 
@@ -65,31 +75,36 @@ class GoldenExample(Strict):
     decision: dict[str, Scalar]
 
 
+@dataclass(frozen=True, kw_only=True)
 class TaskSpec(Strict):
     """One task, checked as a whole.
 
+    Args:
+        cache: answer an event that was answered before from memory.
+        escalation: absent: unsure answers stay on the device.
+
     Raises:
-        pydantic.ValidationError: wrapped by `load_task` as ``task.invalid``.
+        ValueError: the parts contradict each other; `load_task` makes it ``task.invalid``.
+        PermanentError: ``task.schema_unsupported``.
     """
 
     format: Literal[1] = 1
     name: Identifier
-    version: int = Field(ge=1)
+    version: Annotated[int, Ge(1)]
     description: str = ""
     prompt: Prompt
     output: dict[str, Any]
-    thresholds: dict[str, Threshold] = Field(default={})
-    deadline_ms: int = Field(default=2000, ge=10, le=600_000)
+    thresholds: dict[str, Threshold] = dataclasses.field(default_factory=dict)
+    deadline_ms: Annotated[int, Ge(10), Le(600_000)] = 2000
     priority: Literal["safety", "normal", "bulk"] = "normal"
     limits: Limits = Limits()
-    cache: bool = Field(default=True, description="answer an event that was answered before from memory")
+    cache: bool = True
     guards: tuple[Guard, ...] = ()
-    escalation: EscalationSpec | None = Field(default=None, description="absent: unsure answers stay on the device")
+    escalation: EscalationSpec | None = None
     handoff: tuple[Handoff, ...] = ()
     veto: Veto | None = None
 
-    @model_validator(mode="after")
-    def _names_agree(self) -> Self:
+    def __post_init__(self) -> None:
         fields = {f.name: f for f in self.output_fields}
         for name in self.thresholds:
             if name not in fields:
@@ -98,7 +113,6 @@ class TaskSpec(Strict):
             check_effects(f"guard {guard.name!r}", fields, guard.then)
         if self.veto is not None:
             check_effects("the veto", fields, self.veto.then)
-        return self
 
     @cached_property
     def output_fields(self) -> tuple[OutputField, ...]:
@@ -176,10 +190,9 @@ def parse_task(text: str, *, source: str = "task.yaml") -> TaskSpec:
         # The library lets through what its constructors raise: a 13th month, an integer of 5000 digits.
         raise PermanentError("task.invalid", f"not valid YAML: {error}", path=source) from error
     try:
-        return TaskSpec.model_validate(document)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg']}" for e in error.errors()]
-        raise PermanentError("task.invalid", "; ".join(faults), path=source) from error
+        return read_document(TaskSpec, document)
+    except DocumentError as error:
+        raise PermanentError("task.invalid", error.sentence("task"), path=source) from error
 
 
 def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
@@ -197,7 +210,7 @@ def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
         if not line.strip():
             continue
         try:
-            example = GoldenExample.model_validate(json.loads(line))
+            example = read_document(GoldenExample, json.loads(line))
             check_event(dict(example.event))
         except (ValueError, RefusedError) as error:
             raise PermanentError("task.golden_invalid", f"line {number}: {error}", path=str(path)) from error

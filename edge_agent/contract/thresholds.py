@@ -15,35 +15,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from annotated_types import Ge, Gt, Le, Lt
 
-from edge_agent.contract.strict import Strict
+from edge_agent.contract.bounds import Finite, Forms
+from edge_agent.contract.document import Strict
 from edge_agent.errors import PermanentError
 
 ALWAYS_UNSURE = math.inf
 """A floor that no confidence reaches."""
 CERTAINTY = 0.95
 
-Confidence = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-MaxWrong = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Certainty = Annotated[float, Field(ge=0.5, lt=1, allow_inf_nan=False)]
+Confidence = Annotated[float, Ge(0), Le(1), Finite()]
+MaxWrong = Annotated[float, Gt(0), Lt(1), Finite()]
+Count = Annotated[int, Ge(0)]
+Certainty = Annotated[float, Ge(0.5), Lt(1), Finite()]
 
 
+@dataclass(frozen=True, kw_only=True)
 class FixedFloors(Strict):
     """Two floors that an engineer chose."""
 
     escalate: Confidence
     abstain: Confidence = 0.0
 
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def __post_init__(self) -> None:
         if self.abstain > self.escalate:
             raise ValueError(f"abstain {self.abstain:g} lies above escalate {self.escalate:g}")
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class ErrorTarget(Strict):
     """At most this share of wrong values among those that are not unsure, with this certainty.
 
@@ -59,21 +61,19 @@ class ErrorTarget(Strict):
 
 
 def _form(value: Any) -> str:
-    # Chosen by form, so that a fault is told once and not once for every form that the value is not.
     if isinstance(value, ErrorTarget) or (isinstance(value, Mapping) and "max_wrong" in value):
         return "target"
     return "floors" if isinstance(value, Mapping | FixedFloors) else "number"
 
 
 Threshold = Annotated[
-    Annotated[Confidence, Tag("number")]
-    | Annotated[FixedFloors, Tag("floors")]
-    | Annotated[ErrorTarget, Tag("target")],
-    Discriminator(_form),
+    Confidence | FixedFloors | ErrorTarget,
+    Forms((("number", Confidence), ("floors", FixedFloors), ("target", ErrorTarget)), _form),
 ]
 
 
-class ChosenFloor(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ChosenFloor:
     """What the exporter found for one field's `ErrorTarget`; an entry of ``floors`` in ``calibration.json``.
 
     Args:
@@ -88,23 +88,18 @@ class ChosenFloor(BaseModel):
         needed_events: without a floor, labelled events that would do if further ones are like those; None: none would.
     """
 
-    # Unknown keys are ignored: a newer exporter may say more.
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     max_wrong: MaxWrong
     certainty: Certainty
     floor: Confidence | None
-    events: int = Field(ge=0)
-    passed: int = Field(ge=0)
-    wrong: int = Field(ge=0)
+    events: Count
+    passed: Count
+    wrong: Count
     over: tuple[str, ...] = ()
-    needed_events: int | None = Field(default=None, ge=0)
+    needed_events: Count | None = None
 
-    @model_validator(mode="after")
-    def _counts_nest(self) -> Self:
+    def __post_init__(self) -> None:
         if not self.wrong <= self.passed <= self.events:
             raise ValueError(f"{self.wrong} wrong of {self.passed} of {self.events} events cannot be")
-        return self
 
     def is_for(self, target: ErrorTarget) -> bool:
         """Whether the floor was chosen for this very target."""

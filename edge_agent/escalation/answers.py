@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edge_agent.contract.escalation import Escalation, EscalationAnswer
+from edge_agent.contract.escalation_messages import Escalation, EscalationAnswer
 from edge_agent.contract.messages import Decision
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import RefusedError

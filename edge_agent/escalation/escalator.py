@@ -24,7 +24,8 @@ from tenacity import (
 )
 from tenacity.nap import sleep_using_event
 
-from edge_agent.contract.escalation import Destination, Escalation, Outcome
+from edge_agent.contract.escalation import Destination
+from edge_agent.contract.escalation_messages import Escalation, Outcome
 from edge_agent.contract.event import printable
 from edge_agent.contract.messages import Decision, now_ms
 from edge_agent.errors import EdgeError, RefusedError, TransientError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from edge_agent.contract.escalation import EscalationRequest, EscalationSpec, Hint, answer_schema
+from edge_agent.contract.escalation import EscalationSpec, answer_schema
+from edge_agent.contract.escalation_messages import EscalationRequest, Hint
 from edge_agent.contract.event import Event
 from edge_agent.contract.messages import Decision
 from edge_agent.contract.task import TaskSpec

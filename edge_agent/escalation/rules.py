@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from edge_agent.contract.escalation import Destination, EscalationSpec, Outcome
+from edge_agent.contract.escalation import Destination, EscalationSpec
+from edge_agent.contract.escalation_messages import Outcome
 
 MAX_POWER_CUTS = 3
 _HOUR_MS = 3_600_000

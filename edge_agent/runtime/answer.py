@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edge_agent.contract.messages import Route
+from edge_agent.contract.routing import Route
 
 
 @dataclass(frozen=True)

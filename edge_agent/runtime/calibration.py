@@ -8,21 +8,27 @@ An agent that is older than ``floors`` ignores them and refuses the task that as
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, model_validator
+from annotated_types import Gt, MaxLen, MinLen
 
+from edge_agent.contract.bounds import Finite
+from edge_agent.contract.document import read_document
 from edge_agent.contract.task import TaskSpec
 from edge_agent.contract.thresholds import ChosenFloor, Confidence, Floors, floors_of
 from edge_agent.errors import PermanentError
 
+Line = Annotated[tuple[Confidence, ...], MinLen(2), MaxLen(4096)]
 
-class Knots(BaseModel):
+
+@dataclass(frozen=True, kw_only=True)
+class Knots:
     """A rising line through points: how a confidence after temperature is read.
 
     Args:
@@ -30,34 +36,31 @@ class Knots(BaseModel):
         right: share of right answers at each, never falling.
     """
 
-    raw: tuple[Confidence, ...] = Field(min_length=2, max_length=4096)
-    right: tuple[Confidence, ...] = Field(min_length=2, max_length=4096)
+    raw: Line
+    right: Line
 
-    @model_validator(mode="after")
-    def _rise(self) -> Self:
+    def __post_init__(self) -> None:
         if len(self.raw) != len(self.right):
             raise ValueError(f"{len(self.raw)} raw confidences, but {len(self.right)} shares of right answers")
         if any(b <= a for a, b in pairwise(self.raw)) or any(b < a for a, b in pairwise(self.right)):
             # A falling line would rank a surer answer below a less sure one.
             raise ValueError("the knots do not rise")
-        return self
 
     def read(self, confidence: float) -> float:
         """The share of right answers at a confidence, 0..1; level beyond the first and the last knot."""
         return float(np.interp(confidence, self.raw, self.right))
 
 
-class _File(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class _File:
     format: Literal[1, 2]
-    temperature: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    knots: dict[str, Knots] = {}
-    floors: dict[str, ChosenFloor] = {}
+    temperature: dict[str, Annotated[float, Gt(0), Finite()]] = field(default_factory=dict)
+    knots: dict[str, Knots] = field(default_factory=dict)
+    floors: dict[str, ChosenFloor] = field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _format_says_whether_there_are_knots(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.format == 2) != bool(self.knots):
             raise ValueError("a calibration has knots in format 2, and only there")
-        return self
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def load_calibration(path: Path | None, task: TaskSpec) -> Calibration:
     if path is None:
         return Calibration({}, floors_of(task.thresholds, {}))
     try:
-        given = _File.model_validate_json(path.read_bytes())
+        given = read_document(_File, json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise PermanentError("task.calibration_invalid", f"{path.name}: {error}", path=str(path)) from error
     names = {f.name for f in task.output_fields}

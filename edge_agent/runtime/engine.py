@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import ModelRef
 from edge_agent.contract.routing import check_routing
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.errors import EdgeError, RefusedError
@@ -68,12 +67,6 @@ class Engine:
     def tasks(self) -> dict[str, TaskSpec]:
         """The tasks that can be decided, by name."""
         return {name: task.spec for name, task in self._tasks.items()}
-
-    @property
-    def model_ref(self) -> ModelRef:
-        """Which model answers."""
-        manifest = self.bundle.manifest
-        return ModelRef(name=manifest.name, version=manifest.version, digest=self.bundle.digest)
 
     @property
     def control_ids(self) -> frozenset[int]:

@@ -20,8 +20,7 @@ from typing import Any
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.guards import Effect, enforce
-from edge_agent.contract.messages import Route
-from edge_agent.contract.routing import Veto, matches
+from edge_agent.contract.routing import Route, Veto, matches
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.answer import Answer

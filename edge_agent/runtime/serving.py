@@ -15,7 +15,7 @@ from typing import Protocol
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.manifest import Manifest, read_manifest
-from edge_agent.contract.messages import ModelRef
+from edge_agent.contract.messages import ModelRef, model_ref
 from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError, IntegrityError, TransientError
 from edge_agent.log import get_logger
@@ -328,4 +328,4 @@ def _read_model(bundle: Path, digest: str) -> ServedModel:
     if found != digest:
         raise IntegrityError("bundle.digest_mismatch", f"expected {digest[:12]}, found {found[:12]}")
     tasks = {name: load_task(bundle / "tasks" / name / "task.yaml") for name in manifest.tasks}
-    return ServedModel(bundle, ModelRef(name=manifest.name, version=manifest.version, digest=digest), manifest, tasks)
+    return ServedModel(bundle, model_ref(manifest, digest), manifest, tasks)

@@ -33,7 +33,7 @@ from edge_agent.contract.manifest import (
     read_manifest,
     verify_files,
 )
-from edge_agent.contract.messages import ModelRef
+from edge_agent.contract.messages import ModelRef, model_ref
 from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError, from_os_error
 from edge_agent.fs import copy_durable, fsync_dir, make_dirs, move_durable, write_atomic
 from edge_agent.update.blobs import BlobStore
@@ -65,7 +65,7 @@ class InstalledBundle:
     @property
     def ref(self) -> ModelRef:
         """Name, version and digest, as they appear in payloads."""
-        return ModelRef(name=self.manifest.name, version=self.manifest.version, digest=self.digest)
+        return model_ref(self.manifest, self.digest)
 
 
 class _Pointer(BaseModel):

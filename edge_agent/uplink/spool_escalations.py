@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from enum import Enum
 
-from edge_agent.contract.escalation import Outcome
+from edge_agent.contract.escalation_messages import Outcome
 from edge_agent.settings import SpoolSettings
 from edge_agent.uplink.records import BudgetRow, EscalationCase, EscalationRow, NewEscalation, OutboundMessage
 from edge_agent.uplink.spool_rows import add_count, as_text, enqueue, inbox_row, remember, total

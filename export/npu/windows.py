@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_agent.contract.manifest import ModelSpec
@@ -78,7 +78,7 @@ def quantise_windows(static: StaticModel, texts: Sequence[Sequence[int]], how: F
     for window in windows:
         model = to_fixed_point(load_graph(static.folder / window.graph), ranges, how)
         save_graph(model, folder / window.graph)
-    return StaticModel(folder, static.spec.model_copy(update={"precision": how.precision}))
+    return StaticModel(folder, replace(static.spec, precision=how.precision))
 
 
 def compile_windows(fixed: StaticModel, soc: Soc, folder: Path, log: Log) -> StaticModel:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_agent.contract.document import to_document
 from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.contract.thresholds import ChosenFloor
 from edge_agent.runtime.calibration import Knots
@@ -90,14 +91,16 @@ def calibration_bytes(
     """
     content: dict[str, Any] = {"format": 2 if knots else 1, "temperature": dict(temperatures)}
     if knots:
-        content["knots"] = {name: line.model_dump(mode="json") for name, line in knots.items()}
+        content["knots"] = {name: to_document(line) for name, line in knots.items()}
     if floors:
-        # The floor is spelled out: one that was not found must not look like one that was forgotten.
-        content["floors"] = {
-            name: {**found.model_dump(mode="json", exclude_defaults=True), "floor": found.floor}
-            for name, found in floors.items()
-        }
+        content["floors"] = {name: _as_written(found) for name, found in floors.items()}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _as_written(found: ChosenFloor) -> dict[str, Any]:
+    # The floor is spelled out: one that was not found must not look like one that was forgotten.
+    said = {**to_document(found, exclude_none=True), "floor": found.floor}
+    return said if found.over else {name: value for name, value in said.items() if name != "over"}
 
 
 def _log_loss(trials: Sequence[Trial], temperature: float) -> float:

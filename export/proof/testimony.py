@@ -187,7 +187,7 @@ def retarget(bundle: Path, target: Target, folder: Path) -> Path:
     for entry in manifest.files:
         (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
         (folder / entry.path).symlink_to((bundle / entry.path).resolve())
-    (folder / MANIFEST_NAME).write_bytes(manifest.model_copy(update={"target": target}).to_bytes())
+    (folder / MANIFEST_NAME).write_bytes(replace(manifest, target=target).to_bytes())
     return folder
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from edge_agent.contract.document import to_document
 from edge_agent.contract.dsse import generate_key, load_public_key
 from edge_agent.contract.manifest import MANIFEST_NAME, SIGNATURE_NAME, read_manifest
 from edge_agent.contract.task import GoldenExample, TaskSpec, load_task
@@ -150,7 +151,7 @@ def _measure() -> None:
             _log(f"{precision}: {quality[precision]}")
             if precision == "int4":
                 examples = choose_golden(bundle, task, heldout)
-                lines = [json.dumps(e.model_dump(mode="json"), ensure_ascii=False) + "\n" for e in examples]
+                lines = [json.dumps(to_document(e), ensure_ascii=False) + "\n" for e in examples]
                 write_atomic(TASK_FOLDER / GOLDEN_NAME, "".join(lines).encode(), mode=0o644)
                 _log(f"{len(examples)} golden examples")
     write_atomic(QUALITY, (json.dumps({task.name: quality}, indent=2) + "\n").encode(), mode=0o644)

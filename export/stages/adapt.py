@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,7 +59,7 @@ def adapt(
         (folder / file).parent.mkdir(parents=True)
         (folder / file).write_bytes(save_arrays(packed_matrices(branches, adapters[task])))
     names = tuple(branch.name for branch in branches)
-    spec = read_spec(fused).model_copy(update={"adapter_inputs": names, "adapters": files})
+    spec = replace(read_spec(fused), adapter_inputs=names, adapters=files)
     write_spec(folder, spec)
     facts = {task: adapter.as_facts() for task, adapter in adapters.items()}
     (folder / FACTS_NAME).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -107,7 +108,7 @@ def take_adapters(adapted: Path, folder: Path) -> dict[str, Any]:
     spec = read_spec(adapted)
     for file in (spec.adapters or {}).values():
         link_or_copy(adapted / file, folder / file)
-    return spec.model_dump(include={"adapter_inputs", "adapters"})
+    return {"adapter_inputs": spec.adapter_inputs, "adapters": spec.adapters}
 
 
 def adapter_facts(adapted: Path) -> dict[str, Any]:

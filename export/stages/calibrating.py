@@ -106,7 +106,7 @@ def choose_floors(fitted: Fitted, open_backend: OpenBackend, progress: Progress)
         over = max(ways, key=lambda way: scout(_sureness(scouted, name, way), target))
         judged = _sureness(tested, name, over)
         found = choose_floor(_sureness(scouted, name, over), judged, target, (len(scouts), len(tests)))
-        floors[name] = found.model_copy(update={"over": over})
+        floors[name] = replace(found, over=over)
         progress.line(f"{fitted.task.name}: {floor_sentence(name, floors[name], judged)}")
     return replace(fitted, floors=floors)
 

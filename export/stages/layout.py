@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
+from edge_agent.contract.document import read_document, to_document
 from edge_agent.contract.manifest import ModelSpec
 
 MODEL_DIR = "model"
@@ -22,12 +24,12 @@ SPEC_NAME = "spec.json"
 
 def write_spec(folder: Path, spec: ModelSpec) -> None:
     """Write ``spec.json``."""
-    (folder / SPEC_NAME).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", "utf-8")
+    (folder / SPEC_NAME).write_text(json.dumps(to_document(spec, exclude_none=True), indent=2) + "\n", "utf-8")
 
 
 def read_spec(folder: Path) -> ModelSpec:
     """Read ``spec.json`` of an earlier stage (whose hash the pipeline has checked)."""
-    return ModelSpec.model_validate_json((folder / SPEC_NAME).read_bytes())
+    return read_document(ModelSpec, json.loads((folder / SPEC_NAME).read_bytes()))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

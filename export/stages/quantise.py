@@ -67,7 +67,7 @@ def _int4(model: ModelProto, settings: QuantSettings, texts: TaskTexts) -> Model
 
 def _finish(fused: Path, model: ModelProto, label: str, folder: Path, progress: Progress) -> None:
     files = save_graph(model, folder / DECODER)
-    write_spec(folder, read_spec(fused).model_copy(update={"precision": label}))
+    write_spec(folder, replace(read_spec(fused), precision=label))
     progress.line(f"{label} graph: {sum(file.stat().st_size for file in files):,} bytes")
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from onnx import ModelProto
 
-from edge_agent.contract.manifest import ModelSpec
 from export.boards import Board
 from export.checkpoint.peft import LoraAdapter
 from export.checkpoint.source import Checkpoint
@@ -107,7 +106,7 @@ def specialise(
             compact_scales(graph)
     files = save_graphs(graphs) if len(graphs) > 1 else save_graph(model, folder / DECODER)
     spec = read_spec(shipped)
-    write_spec(folder, ModelSpec.model_validate({**spec.model_dump(), **changes}))
+    write_spec(folder, replace(spec, **changes))
     progress.line(f"{spec.precision} for {speciality.board.name}: {sum(file.stat().st_size for file in files):,} bytes")
 
 

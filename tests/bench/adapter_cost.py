@@ -15,6 +15,7 @@ from statistics import median
 
 from safetensors.numpy import save as save_arrays
 
+from edge_agent.contract.document import read_document, to_document
 from edge_agent.contract.manifest import Manifest, Resources
 from export.bundle import list_files, write_file, write_manifest
 from export.checkpoint.peft import LoraAdapter, open_adapter
@@ -72,16 +73,17 @@ def make_bundles(source: Path, folder: Path) -> None:
         write_file(bundle, TOKENIZER_NAME, (source / TOKENIZER_NAME).read_bytes())
         for task in (EXPERT, PLAIN):
             write_file(bundle, f"tasks/{task}/task.yaml", (REFERENCE / "task/task.yaml").read_bytes())
-        manifest = Manifest.model_validate(
+        manifest = read_document(
+            Manifest,
             {
                 "name": "cost",
                 "version": "1",
                 "target": "cpu-x86_64",
-                "model": {**spec.model_dump(exclude_none=True), **branches},
+                "model": {**to_document(spec, exclude_none=True), **branches},
                 "tasks": (EXPERT, PLAIN),
                 "files": list_files(bundle),
                 "resources": Resources(disk_bytes=0, ram_bytes=0),
-            }
+            },
         )
         write_manifest(bundle, manifest)
 

@@ -43,7 +43,7 @@ def test_reference_bundle_is_signed_by_the_packaged_key(reference_bundle: Path) 
 def test_signed_bundle_loads(variant: Variant) -> None:
     bundle = variant()
     engine = load(bundle)
-    assert engine.model_ref.digest == bundle.digest
+    assert engine.bundle.digest == bundle.digest
     assert engine.facts().tasks == ("triage",)
 
 

@@ -11,8 +11,9 @@ import yaml
 
 from edge_agent.answering import decision_of
 from edge_agent.contract.event import Event
-from edge_agent.contract.messages import Decision
+from edge_agent.contract.messages import Decision, model_ref
 from edge_agent.errors import EdgeError
+from edge_agent.runtime.answer import Answer
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
@@ -27,6 +28,12 @@ def narrowed(task: dict[str, Any], name: str, properties: dict[str, Any], **more
     """The reference task under another name, with other answers and no rules."""
     output = {"type": "object", "properties": properties}
     return {**task, "name": name, "output": output, "thresholds": {}, "guards": [], **more}
+
+
+def published(engine: Engine, answer: Answer) -> str:
+    """The payload of a decision."""
+    model = model_ref(engine.bundle.manifest, engine.bundle.digest)
+    return decision_of(answer, "triage", "e1", model).model_dump_json()
 
 
 @pytest.fixture
@@ -106,12 +113,12 @@ def test_the_way_of_an_answer_crosses_the_process_and_reaches_the_payload(
     worker: WorkerProcess, engine: Engine
 ) -> None:
     answer = worker.decide("triage", HYDRAULIC, 60.0)
-    payload = json.loads(decision_of(answer, "triage", "e1", engine.model_ref).model_dump_json())
+    payload = json.loads(published(engine, answer))
     assert (payload["specialist"], payload["vetoed"]) == ("fluids", "check")
 
 
 def test_a_payload_without_routing_looks_as_it_did_before_there_was_any(engine: Engine) -> None:
     answer = engine.decide("triage", HYDRAULIC, deadline_s=60)
-    payload = decision_of(answer, "triage", "e1", engine.model_ref).model_dump_json()
+    payload = published(engine, answer)
     assert not {"specialist", "vetoed"} & json.loads(payload).keys()
     assert Decision.model_validate_json(payload).specialist is None

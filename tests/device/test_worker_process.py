@@ -365,6 +365,13 @@ def test_golden_examples_run_in_the_worker_and_count_their_progress(real_worker:
     assert steps == [(n, outcome.total) for n in range(1, outcome.total + 1)]
 
 
+def test_documents_without_a_fault_bring_no_judge_into_the_worker(real_worker: WorkerProcess) -> None:
+    real_worker.start()
+    real_worker.decide("triage", EVENT, 60.0)
+    real_worker.run_golden()
+    assert "pydantic" not in Path(f"/proc/{real_worker.pid}/maps").read_text()
+
+
 def test_wrong_golden_answers_are_listed(variant: Callable[[], BundleVariant], worker_settings: WorkerSettings) -> None:
     bundle = variant()
     task_file = bundle.path / "tasks/triage/golden.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.manifest import Manifest, read_manifest
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.adapter import read_adapter, task_adapter
@@ -57,7 +59,7 @@ def prove(checkpoint: Path, adapter_folder: Path, scratch: Path) -> float:
     branches = add_branches(model, {"task": adapter})
     save_graph(model, scratch / "fp32.onnx")
     names = tuple(branch.name for branch in branches)
-    spec = fp32_spec(opened, model, CONTEXT).model_copy(update={"adapter_inputs": names})
+    spec = replace(fp32_spec(opened, model, CONTEXT), adapter_inputs=names)
     with merged(opened, adapter, scratch) as whole:
         recording = observe(whole)
     with_adapter = StepModel(scratch / "fp32.onnx", spec, 1, packed_matrices(branches, adapter))
@@ -267,21 +269,33 @@ def signing() -> Callable[[Path, Path], BundleVariant]:
 
 
 def test_an_adapter_of_a_task_that_is_not_in_the_bundle_is_refused() -> None:
-    model = {"decoder": "d", "tokenizer": "t", "architecture": "a", "precision": "p", "vocab_size": 2, "num_layers": 1}
-    shape = {"num_kv_heads": 1, "head_dim": 1, "max_context_tokens": 16, "eos_token_id": 0}
-    adapters = {"adapter_inputs": ["lora.0"], "adapters": {"nobody": "d"}}
+    model = {
+        "decoder": "d",
+        "tokenizer": "t",
+        "architecture": "a",
+        "precision": "p",
+        "vocab_size": 2,
+        "num_layers": 1,
+        "num_kv_heads": 1,
+        "head_dim": 1,
+        "max_context_tokens": 16,
+        "eos_token_id": 0,
+        "adapter_inputs": ["lora.0"],
+        "adapters": {"nobody": "d"},
+    }
     files = [{"path": path, "size": 0, "sha256": "0" * 64} for path in ("d", "t", "tasks/sort/task.yaml")]
     with pytest.raises(ValueError, match="nobody"):
-        Manifest.model_validate(
+        read_document(
+            Manifest,
             {
                 "name": "a",
                 "version": "1",
                 "target": "cpu-x86_64",
-                "model": {**model, **shape, **adapters},
+                "model": model,
                 "tasks": ["sort"],
                 "files": files,
                 "resources": {"disk_bytes": 0, "ram_bytes": 0},
-            }
+            },
         )
 
 

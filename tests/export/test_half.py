@@ -58,7 +58,7 @@ def last_logits(model: ModelProto, spec: ModelSpec, folder: Path) -> np.ndarray:
 
 
 def halved(spec: ModelSpec) -> ModelSpec:
-    return spec.model_copy(update={"kv_dtype": "float16"})
+    return replace(spec, kv_dtype="float16")
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def jetson_bundle(tmp_path: Path) -> Path:
     model = load_graph(bundle / manifest.model.decoder)
     to_half(model)
     save_graph(model, bundle / manifest.model.decoder)
-    changes = {"target": "cuda-jetson", "model": halved(manifest.model), "files": list_files(bundle)}
-    (bundle / MANIFEST_NAME).write_bytes(manifest.model_copy(update=changes).to_bytes())
+    changed = replace(manifest, target="cuda-jetson", model=halved(manifest.model), files=list_files(bundle))
+    (bundle / MANIFEST_NAME).write_bytes(changed.to_bytes())
     return bundle
 
 
@@ -148,7 +148,7 @@ def test_head_of_its_own_takes_and_gives_float32(llama: Path, tmp_path: Path) ->
     for graph in (whole, decoder, head):
         to_half(graph)
     save_graph(head, tmp_path / "head.onnx")
-    apart = last_logits(decoder, halved(spec).model_copy(update={"head": "head.onnx"}), tmp_path)
+    apart = last_logits(decoder, replace(halved(spec), head="head.onnx"), tmp_path)
     together = last_logits(whole, halved(spec), tmp_path)
     assert np.array_equal(apart, together)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from edge_agent.contract.document import to_document
 from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.errors import EdgeError
 from export.checkpoint.model import load_model
@@ -160,7 +161,7 @@ def test_a_pruned_checkpoint_builds_and_says_where_it_came_from(
 ) -> None:
     source = four_layers(tmp_path / "whole", 1)
     prune(source, tmp_path / "few", task)
-    (tmp_path / "task.yaml").write_text(json.dumps(task.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    (tmp_path / "task.yaml").write_text(json.dumps(to_document(task, exclude_none=True)))
     result = make_bundle(tmp_path / "bundle", checkpoint=tmp_path / "few", tasks=(tmp_path,))
     assert result.manifest.model.num_layers == 3
     facts = read_provenance(tmp_path / "few")["pruning.json"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.contract.document import to_document
 from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.manifest import Manifest, read_manifest
 from edge_agent.runtime.bundle import VerifiedBundle
@@ -37,7 +38,7 @@ def engine(bundle: VerifiedBundle) -> Engine:
 
 def without_measured(manifest: Manifest) -> dict[str, Any]:
     """The manifest less what other machines and library versions may change: reports, versions, the reports' sizes."""
-    dumped = manifest.model_dump(mode="json")
+    dumped = to_document(manifest)
     dumped["files"] = [entry for entry in dumped["files"] if entry["path"] not in REPORTS]
     del dumped["provenance"]["tools"], dumped["resources"]
     return dumped

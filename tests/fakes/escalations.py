@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from typing import Any
 
+from edge_agent.contract.document import read_document, to_document
 from edge_agent.contract.event import Event
 from edge_agent.contract.messages import Decision, ModelRef, decision_id
 from edge_agent.contract.task import TaskSpec, parse_task
@@ -43,9 +44,9 @@ def task_of(**escalation: Any) -> TaskSpec:
     """The task, with some lines of its section `escalation` replaced; None removes one."""
     task = parse_task(TASK_YAML)
     assert task.escalation is not None
-    section = {**task.escalation.model_dump(exclude_unset=True), **escalation}
-    fields = task.model_dump(by_alias=True)
-    return TaskSpec.model_validate({**fields, "escalation": {k: v for k, v in section.items() if v is not None}})
+    fields = to_document(task)
+    section = {**fields["escalation"], **escalation}
+    return read_document(TaskSpec, {**fields, "escalation": {k: v for k, v in section.items() if v is not None}})
 
 
 def guess_of(event_id: str = "e-1") -> Decision:

@@ -133,9 +133,9 @@ def test_window_beyond_what_every_layer_sees_is_refused(checkpoint: Checkpoint, 
 
 
 @pytest.mark.parametrize("change", [{"past_tokens": 351}, {"num_kv_heads": 2}, {"vocab_size": 4095}, {"num_layers": 4}])
-def test_manifest_that_describes_other_windows_is_refused(static: StaticModel, change: dict[str, int]) -> None:
+def test_manifest_that_describes_other_windows_is_refused(static: StaticModel, change: dict[str, Any]) -> None:
     with pytest.raises(PermanentError, match="graph interface 2") as caught:
-        StaticSession(static.folder, static.spec.model_copy(update=change), "cpu-x86_64", threads=1)
+        StaticSession(static.folder, replace(static.spec, **change), "cpu-x86_64", threads=1)
     assert caught.value.code == "bundle.unsupported"
 
 

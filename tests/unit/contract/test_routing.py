@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.routing import check_routing, matches
 from edge_agent.contract.task import TaskSpec, parse_task
 from edge_agent.errors import PermanentError
@@ -20,14 +21,15 @@ ROUTER = {
 
 
 def task(name: str, properties: dict[str, Any], **more: Any) -> TaskSpec:
-    return TaskSpec.model_validate(
+    return read_document(
+        TaskSpec,
         {
             "name": name,
             "version": 1,
             "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
             "output": {"type": "object", "properties": properties},
             **more,
-        }
+        },
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.event import Scalar
 from edge_agent.contract.output import parse_output_schema
 from edge_agent.contract.task import TaskSpec, load_golden, parse_task
@@ -83,6 +84,9 @@ def test_a_file_that_is_no_task_is_refused_without_a_traceback(text: str) -> Non
         {"type": "object", "properties": {}},
         {"type": "object", "properties": {"a": {"enum": ["x"]}}, "additionalProperties": True},
         {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": []},
+        {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": 1},
+        {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a", ["a"]]},
+        {"type": "object", "properties": {"a": {1: "x"}}},
         {"type": "object", "properties": {"a": {"enum": [1, 2]}}},
         {"type": "object", "properties": {"a": {"type": "object"}}},
     ],
@@ -90,6 +94,12 @@ def test_a_file_that_is_no_task_is_refused_without_a_traceback(text: str) -> Non
 def test_a_schema_that_cannot_be_decoded_by_construction_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(PermanentError, match="schema_unsupported"):
         parse_output_schema(schema)
+
+
+def test_the_order_of_required_names_says_nothing() -> None:
+    choice = {"enum": ["x"]}
+    schema = {"type": "object", "properties": {"b": choice, "a": choice}, "required": ["a", "b"]}
+    assert [field.name for field in parse_output_schema(schema)] == ["b", "a"]
 
 
 def test_a_type_that_stands_for_gigabytes_of_text_is_refused_in_a_short_sentence() -> None:
@@ -139,7 +149,7 @@ def writing() -> TaskSpec:
     document = yaml.safe_load(TASK)
     document["prompt"]["prefix"] = SECRET
     document["output"]["properties"]["note"] = {"type": "string", "maxLength": 200}
-    return TaskSpec.model_validate(document)
+    return read_document(TaskSpec, document)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.contract.document import DocumentError, read_document
 from edge_agent.contract.task import TaskSpec, parse_task
 from edge_agent.contract.thresholds import ALWAYS_UNSURE, ChosenFloor, ErrorTarget, Floors, error_targets, floors_of
 from edge_agent.errors import PermanentError
@@ -19,7 +20,7 @@ def task_with(threshold: str) -> TaskSpec:
 
 def chosen(floor: float | None = 0.9, **changes: Any) -> ChosenFloor:
     made: dict[str, Any] = {"max_wrong": 0.01, "certainty": 0.95, "floor": floor, "events": 9, "passed": 5, "wrong": 1}
-    return ChosenFloor.model_validate({**made, **changes})
+    return read_document(ChosenFloor, {**made, **changes})
 
 
 def test_a_number_is_a_floor_as_it_always_was() -> None:
@@ -115,5 +116,5 @@ def test_a_confidence_that_is_no_number_is_not_sure() -> None:
      {"max_wrong": 0.0}, {"max_wrong": math.nan}],
 )  # fmt: skip
 def test_a_floor_with_impossible_figures_is_refused(changes: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="validation error"):
+    with pytest.raises(DocumentError):
         chosen(**changes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.contract.escalation import Escalation
+from edge_agent.contract.escalation_messages import Escalation
 from edge_agent.errors import RefusedError
 from edge_agent.escalation.answers import MAX_ANSWER_BYTES, answer_of_payload, answer_of_text, ended
 from tests.fakes.escalations import EVENT, GOOD, case_of, guess_of, task_of

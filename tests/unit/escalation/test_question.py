@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from edge_agent.contract.escalation import EscalationRequest, EscalationSpec
+from edge_agent.contract.document import DocumentError, read_document
+from edge_agent.contract.escalation import EscalationSpec
+from edge_agent.contract.escalation_messages import EscalationRequest
 from edge_agent.contract.event import Event
 from edge_agent.contract.topics import NodeTopics
 from edge_agent.errors import PermanentError
@@ -105,8 +106,8 @@ def test_the_request_asks_for_the_tasks_schema_at_temperature_zero() -> None:
     ],
 )
 def test_a_section_that_makes_no_sense_is_refused_when_the_task_is_read(section: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        EscalationSpec.model_validate(section)
+    with pytest.raises(DocumentError, match=said):
+        read_document(EscalationSpec, section)
 
 
 def test_a_task_with_a_bad_section_names_it() -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.contract.escalation import Destination, EscalationSpec, Outcome
+from edge_agent.contract.escalation import Destination, EscalationSpec
+from edge_agent.contract.escalation_messages import Outcome
 from edge_agent.escalation.rules import (
     MAX_POWER_CUTS,
     Budget,

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.decoder import Decoded, decode
@@ -42,13 +43,14 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
 
 
 def task_of(properties: dict[str, Any]) -> TaskSpec:
-    return TaskSpec.model_validate(
+    return read_document(
+        TaskSpec,
         {
             "name": "task",
             "version": 1,
             "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
             "output": {"type": "object", "properties": properties},
-        }
+        },
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.event import Event
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import PermanentError, RefusedError
@@ -36,14 +37,15 @@ def task_with(limit: int = 64, on_overlong: str = "truncate", max_chars: int = 4
         ],
         "on_overlong": on_overlong,
     }
-    return TaskSpec.model_validate(
+    return read_document(
+        TaskSpec,
         {
             "name": "task",
             "version": 1,
             "prompt": prompt,
             "output": {"type": "object", "properties": {"a": {"type": "boolean"}}},
             "limits": {"max_prompt_tokens": limit, "max_event_bytes": 20_000},
-        }
+        },
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
 from edge_agent.runtime.decoder import CLOSE_CALL, Ask, Decoded, Drafts, Lane, decode
@@ -141,13 +142,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> AnswerPlan:
 def plan_of(properties: dict[str, Any], folder: Path) -> AnswerPlan:
     file: Path = tokenizers.byte_level(folder / "tokenizer.json")
     encoder = TextEncoder(file, VOCAB)
-    task = TaskSpec.model_validate(
+    task = read_document(
+        TaskSpec,
         {
             "name": "task",
             "version": 1,
             "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
             "output": {"type": "object", "properties": properties},
-        }
+        },
     )
     return compile_plan(task, encoder, lambda: GuidedGrammars(encoder, VOCAB, EOS))
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import PermanentError
 from edge_agent.runtime.decoder import Decoded, decode
@@ -54,13 +55,14 @@ class HeadedModel(HashModel):
 
 
 def task_of(properties: dict[str, Any]) -> TaskSpec:
-    return TaskSpec.model_validate(
+    return read_document(
+        TaskSpec,
         {
             "name": "task",
             "version": 1,
             "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
             "output": {"type": "object", "properties": properties},
-        }
+        },
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.contract.document import read_document
 from edge_agent.contract.event import Event
 from edge_agent.contract.task import TaskSpec
 from edge_agent.errors import EdgeError, PermanentError, RefusedError
@@ -20,14 +21,15 @@ Said = dict[str, tuple[Any, float]]
 
 
 def task(name: str, properties: dict[str, Any], **more: Any) -> TaskSpec:
-    return TaskSpec.model_validate(
+    return read_document(
+        TaskSpec,
         {
             "name": name,
             "version": 1,
             "prompt": {"prefix": "p", "event": [{"field": "text", "label": "text"}]},
             "output": {"type": "object", "properties": properties},
             **more,
-        }
+        },
     )
 
 
