@@ -17,8 +17,11 @@ from pathlib import Path
 
 from edge_agent.errors import TransientError, from_os_error
 
-CHUNK_BYTES = 4 << 20
+_HASH_BYTES = 4 << 20
 """Large, because whoever hashes beside other threads waits for the interpreter after each."""
+_COPY_BYTES = 64 << 10
+"""Small, because Linux caches what is written at once in one piece: who maps the file and looks up a row holds all of
+that piece, up to 2 MB of it."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -73,7 +76,7 @@ def copy_durable(source: Path, target: Path) -> None:
     """Copy bytes to a new file and fsync it (the caller syncs the directory once for many files)."""
     try:
         with source.open("rb") as reader, target.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+            shutil.copyfileobj(reader, writer, _COPY_BYTES)
             writer.flush()
             os.fsync(writer.fileno())
     except OSError as error:
@@ -99,7 +102,7 @@ def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as reader:
-            buffer = memoryview(bytearray(CHUNK_BYTES))
+            buffer = memoryview(bytearray(_HASH_BYTES))
             while count := reader.readinto(buffer):
                 digest.update(buffer[:count])
     except OSError as error:

@@ -26,14 +26,12 @@ class HeadRows:
         if not len(self.ids) or self.ids[0] < 0 or self.ids[-1] >= vocab_size or bool((np.diff(self.ids) <= 0).any()):
             raise PermanentError("bundle.unsupported", f"the head's tokens are not ascending ids below {vocab_size}")
         self.vocab_size = vocab_size
-        self._row: NDArray[np.int64] = np.full(vocab_size, -1, np.int64)  # (vocab,)
-        self._row[self.ids] = np.arange(len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, token: int) -> bool:
-        return bool(self._row[token] >= 0)
+        return bool(self._has(np.array([token]))[0])
 
     @property
     def whole(self) -> bool:
@@ -42,11 +40,16 @@ class HeadRows:
 
     def kept(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of ``ids`` (options,) that can be chosen."""
-        return ids if self.whole else ids[self._row[ids] >= 0]
+        return ids if self.whole else ids[self._has(ids)]
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the logits that score ``ids`` (options,), all of which can be chosen."""
-        return ids if self.whole else self._row[ids]
+        return ids if self.whole else np.searchsorted(self.ids, ids)
+
+    def _has(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        # Searched, not looked up: a row for every token of the vocabulary would be a megabyte.
+        rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.equal(self.ids[rows], ids)
 
 
 def read_head_rows(vocab_size: int, file: Path | None) -> HeadRows:

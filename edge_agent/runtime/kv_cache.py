@@ -94,8 +94,8 @@ class Head:
         self._session = graphs.head
         self._run_options = graphs.limit.run_options
         size = self._session.get_inputs()[0].shape[2]
-        self.hidden: Logits = np.zeros((scores, 1, size), np.float32)  # (scores, 1, hidden): the decoder writes here
-        self.logits: Logits = np.zeros((scores, 1, graphs.head_rows), np.float32)
+        self.hidden: Logits = untouched((scores, 1, size), np.float32)  # (scores, 1, hidden): the decoder writes here
+        self.logits: Logits = untouched((scores, 1, graphs.head_rows), np.float32)
         self._binding: Any = self._session.io_binding()
 
     def score(self, count: int) -> None:
@@ -148,7 +148,7 @@ class KvCache:
             self._positions = np.zeros((rows, capacity_tokens), np.int64)
             self._bias = untouched((self._bias_size(MAX_PASS_TOKENS + MAX_DRAFT_TOKENS),), np.float32)
             self._head = Head(graphs, scores) if graphs.head is not None else None
-            self._logits: Logits = self._head.logits if self._head else np.zeros((scores, 1, head_rows), np.float32)
+            self._logits: Logits = self._head.logits if self._head else untouched((scores, 1, head_rows), np.float32)
         except (MemoryError, OSError) as error:  # OSError: of the mapping
             raise PermanentError(
                 "worker.out_of_memory", f"no memory for a cache of {rows} x {capacity_tokens} tokens"
