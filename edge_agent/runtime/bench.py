@@ -46,7 +46,7 @@ def bench(engine: Engine, task: str, events: Sequence[Event], *, seconds: float 
     if not events:
         raise RefusedError("bench.no_events", "there is no event to measure with")
     prepared = engine.prepared(task)
-    deadline_s = max(prepared.spec.deadline_ms / 1000, seconds)
+    deadline_s = max(prepared.task.spec.deadline_ms / 1000, seconds)
     first = engine.decide(task, events[0], deadline_s=deadline_s)
     latencies_ms: list[float] = []
     passes = tokens_out = 0

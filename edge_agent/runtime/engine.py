@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.routing import check_routing
@@ -66,7 +67,7 @@ class Engine:
     @property
     def tasks(self) -> dict[str, TaskSpec]:
         """The tasks that can be decided, by name."""
-        return {name: task.spec for name, task in self._tasks.items()}
+        return {name: prepared.task.spec for name, prepared in self._tasks.items()}
 
     @property
     def control_ids(self) -> frozenset[int]:
@@ -99,7 +100,7 @@ class Engine:
 
     def golden(self, task: str) -> list[GoldenExample]:
         """The task's golden examples (none when the bundle lists no file of them)."""
-        return list(self.prepared(task).golden)
+        return list(self.prepared(task).task.golden)
 
     def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
         """Decide one event, with the specialist and the check that the task declares.
@@ -162,18 +163,19 @@ class Engine:
     def _own_answers(self, task: str, events: Sequence[Event], deadline_at_s: float) -> list[OwnAnswer | EdgeError]:
         """What one task's model says of events, each by itself: from memory, or in passes that they share."""
         prepared = self.prepared(task)
+        spec, calibration = prepared.task.spec, prepared.task.calibration
         found: dict[int, OwnAnswer | EdgeError] = {}
         waiting: list[tuple[int, str, EventPrompt]] = []
         for place, event in enumerate(events):
             try:
-                rendered = rendered_event(prepared.spec, event)
+                rendered = rendered_event(spec, event)
                 known = prepared.answers.get(rendered)
                 if known is None:
-                    prompt = event_prompt(prepared.spec, event, self._encoder.encode, rendered)
+                    prompt = event_prompt(spec, event, self._encoder.encode, rendered)
                     waiting.append((place, rendered, prompt))
                 else:
-                    truncated = cut_by_template(prepared.spec, event)
-                    found[place] = OwnAnswer(prepared.spec, prepared.calibration, known, truncated, is_known=True)
+                    truncated = cut_by_template(spec, event)
+                    found[place] = OwnAnswer(spec, calibration, known, truncated, is_known=True)
             except EdgeError as error:
                 found[place] = error
         for first in range(0, len(waiting), prepared.rows):
@@ -186,22 +188,22 @@ class Engine:
                     continue
                 if not prompt.shortened:  # else the rendered text does not tell all that the model saw
                     prepared.answers.put(rendered, one)
-                found[place] = OwnAnswer(prepared.spec, prepared.calibration, one, prompt.truncated)
+                found[place] = OwnAnswer(spec, calibration, one, prompt.truncated)
         return [found[place] for place in range(len(events))]
 
     def encode_event(self, task: str, event: Event) -> list[int]:
         """Token ids of a rendered event, as `decide` would feed them."""
-        return event_prompt(self.prepared(task).spec, event, self._encoder.encode).ids
+        return event_prompt(self.prepared(task).task.spec, event, self._encoder.encode).ids
 
     def encode_prefix(self, task: str) -> list[int]:
         """Token ids of a task's prefix, which every cache of the task begins with."""
-        return list(self.prepared(task).prefix)
+        return list(self.prepared(task).task.prefix)
 
     def _prepare(self, task: ReadTask) -> PreparedTask:
         cache = self._new_cache(task.spec.name, task.capacity_tokens)
         self._fill(cache, task)
-        parts = (task.spec, task.plan, task.calibration, cache, task.prefix, task.golden)
-        return PreparedTask(*parts, self._speed, self._cost)
+        # The state is in the cache now: what was mapped for it need not be held any longer.
+        return PreparedTask(replace(task, state=None), cache, self._speed, self._cost)
 
     def _fill(self, cache: KvCache | StaticCache, task: ReadTask) -> None:
         """Bring the prefix into the cache: from the disk where its state was kept, else by a pass."""

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edge_agent.contract.output import TextField
-from edge_agent.contract.task import GoldenExample, TaskSpec
 from edge_agent.errors import EdgeError, PermanentError
-from edge_agent.runtime.calibration import Calibration
 from edge_agent.runtime.decision_cache import DecisionCache
 from edge_agent.runtime.decoder import Decoded, Lane, decode
 from edge_agent.runtime.drafts import AnswerDrafts, PassCost
 from edge_agent.runtime.event_cache import EventCache
-from edge_agent.runtime.grammar import AnswerPlan
 from edge_agent.runtime.kv_cache import KvCache
 from edge_agent.runtime.lanes import run_lanes
 from edge_agent.runtime.speed import Speed
 from edge_agent.runtime.static_session import StaticCache
+from edge_agent.runtime.task_files import ReadTask
 
 
 @dataclass(frozen=True)
@@ -38,22 +36,14 @@ class PreparedTask:
     """A task with everything that does not depend on the event.
 
     Args:
-        spec: the task.
-        plan: its decisions.
-        calibration: how far its confidences can be trusted.
+        task: as its files say it.
         cache: holds the prefix; every event starts at its end again.
-        prefix: token ids of the prefix.
-        golden: its golden examples.
         speed: which levers are used.
         cost: of passes; shared by all tasks of a model.
     """
 
-    spec: TaskSpec
-    plan: AnswerPlan
-    calibration: Calibration
+    task: ReadTask
     cache: KvCache | StaticCache
-    prefix: tuple[int, ...]
-    golden: tuple[GoldenExample, ...]
     speed: Speed
     cost: PassCost = field(default_factory=PassCost)
     answers: DecisionCache = field(init=False)
@@ -61,8 +51,8 @@ class PreparedTask:
     drafts: AnswerDrafts | None = field(init=False)
 
     def __post_init__(self) -> None:
-        remembered_bytes = self.speed.decision_cache_bytes if self.spec.cache else 0
-        has_text = any(isinstance(output, TextField) for output in self.spec.output_fields)
+        remembered_bytes = self.speed.decision_cache_bytes if self.task.spec.cache else 0
+        has_text = any(isinstance(output, TextField) for output in self.task.spec.output_fields)
         object.__setattr__(self, "answers", DecisionCache(remembered_bytes))
         object.__setattr__(self, "events", EventCache(self.speed.event_cache_bytes))
         drafts = AnswerDrafts(self.cost, copies=has_text, remembers=self.speed.drafts)
@@ -76,7 +66,7 @@ class PreparedTask:
     @property
     def prefix_tokens(self) -> int:
         """Length of the prefix in the cache."""
-        return len(self.prefix)
+        return len(self.task.prefix)
 
     @property
     def rows(self) -> int:
@@ -111,18 +101,18 @@ class PreparedTask:
         """
         self.events.clear()
         self.cache.rewind(0)
-        self.cache.forward(self.prefix)
+        self.cache.forward(self.task.prefix)
         if isinstance(self.cache, KvCache):
             self.cache.share(self.prefix_tokens)
 
     def _decode_in_lanes(self, cache: KvCache, questions: Sequence[Question]) -> list[Decoded | EdgeError]:
-        start, temperatures = self.prefix_tokens, self.calibration.temperatures
+        start, temperatures = self.prefix_tokens, self.task.calibration.temperatures
         room_tokens = cache.capacity_tokens - start
         lanes = []
         for row, question in enumerate(questions):
             seen = self.events.restore(cache, row, start, question.prompt)
             given = (question.prompt, temperatures, question.deadline_at_s, self.drafts)
-            lanes.append(Lane(self.plan, *given, room_tokens=room_tokens, seen=seen))
+            lanes.append(Lane(self.task.plan, *given, room_tokens=room_tokens, seen=seen))
         faults = run_lanes(cache, start, lanes, self.cost, alternatives=self._takes_alternatives)
         found: list[Decoded | EdgeError] = []
         for row, (question, lane, fault) in enumerate(zip(questions, lanes, faults, strict=True)):
@@ -138,6 +128,8 @@ class PreparedTask:
     def _decode_alone(self, question: Question) -> Decoded | EdgeError:
         self.cache.rewind(self.prefix_tokens)
         try:
-            return decode(self.cache, self.plan, question.prompt, self.calibration.temperatures, question.deadline_at_s)
+            return decode(
+                self.cache, self.task.plan, question.prompt, self.task.calibration.temperatures, question.deadline_at_s
+            )
         except EdgeError as error:
             return error

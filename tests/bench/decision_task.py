@@ -27,8 +27,6 @@ action: log, monitor, schedule a repair, inspect soon, call now, or stop.
 escalate: true when a person must look at it in this shift.
 component: the part to look at first; unknown if none is named.
 """
-MAX_PROMPT_TOKENS = 512
-"""Of an event. No held-out event is cut, so that every engine reads the same text."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,14 @@ def decision_task() -> Path:
 
 
 def with_long_prefix(reference: str) -> str:
-    """The YAML of the reference task, with `INSTRUCTION` as its prefix and room for every event."""
+    """The YAML of the reference task, with `INSTRUCTION` as its prefix."""
     task = yaml.safe_load(reference)
     task["prompt"]["prefix"] = INSTRUCTION
-    task["limits"]["max_prompt_tokens"] = MAX_PROMPT_TOKENS
     return str(yaml.safe_dump(task, sort_keys=False, allow_unicode=True))
 
 
 def prompts(task: TaskSpec, checkpoint: Path, count: int) -> list[Prompt]:
-    """The first held-out events, in file order, none twice.
+    """The first held-out events, in file order, none twice and none cut, so that every engine reads the same text.
 
     Args:
         task: says how an event becomes text.

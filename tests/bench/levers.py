@@ -99,7 +99,7 @@ def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[For
                 if not keeps_prefix:
                     cache.forward(prefix)
                 ids = engine.encode_event(task, event)
-                decode(OneByOne(cache, len(ids)), prepared.plan, ids, {}, time.monotonic() + DEADLINE_S)
+                decode(OneByOne(cache, len(ids)), prepared.task.plan, ids, {}, time.monotonic() + DEADLINE_S)
 
         return answer
 

@@ -28,7 +28,7 @@ def engine_on(variant: Variant) -> Engine:
 
 
 def wrong_goldens(engine: Engine) -> int:
-    golden = engine.prepared(TASK).golden
+    golden = engine.prepared(TASK).task.golden
     assert golden
     return sum(engine.decide(TASK, dict(g.event), deadline_s=10).decision != dict(g.decision) for g in golden)
 
@@ -64,7 +64,7 @@ def test_starving_release_answers_short_events_and_runs_out_of_memory_on_long_on
 
 def test_no_golden_example_is_long(variants: dict[str, Variant]) -> None:
     engine = engine_on(variants["v1"])
-    longest = max(len(engine.encode_event(TASK, dict(g.event))) for g in engine.prepared(TASK).golden)
+    longest = max(len(engine.encode_event(TASK, dict(g.event))) for g in engine.prepared(TASK).task.golden)
     assert longest < LONG_PASS_TOKENS
 
 

@@ -89,7 +89,7 @@ def test_answers_equal_plain_greedy_decoding_one_token_at_a_time(engine: Engine,
             assert ordered[-1] - ordered[-2] < TIE, (event, part.field)
             continue
         assert fast.tokens_out == len(plain.tokens)
-        calibrated = engine.prepared("triage").calibration.temperatures
+        calibrated = engine.prepared("triage").task.calibration.temperatures
         assert fast.confidence == pytest.approx(plain.confidence(calibrated), abs=0.02)
 
 
@@ -134,7 +134,7 @@ def test_hostile_text_yields_a_valid_answer_and_no_control_token(engine: Engine,
     assert task.render(event).count("\n") <= 3
     answer = decide(engine, event)
     assert task.check_decision(answer.decision) == []
-    assert prepared.spec.prompt.prefix.strip() not in json.dumps(answer.decision)
+    assert prepared.task.spec.prompt.prefix.strip() not in json.dumps(answer.decision)
     assert answer.passes <= len(answer.decision)
 
 
