@@ -17,7 +17,7 @@ from edge_agent.contract.event import Event
 LONG_PASS_TOKENS = 110
 LONG_EVENT: Event = {"machine": "press-4", "code": "E217", "text": "0x1F 9041 7732 " * 10}
 _FOREVER = 1 << 40
-# About 400 GFLOP: seconds on any gateway, and one node to the graph.
+# About 150 GFLOP on one thread, however many there are: seconds on any machine, and one node to the graph.
 _WIDE = 6000
 
 Damage = Callable[[Path], None]
@@ -52,14 +52,14 @@ def never_ends(decoder: Path) -> None:
 
 
 def one_long_kernel(decoder: Path) -> None:
-    """A long pass multiplies two large matrices: seconds within a single node, which nothing can interrupt."""
+    """A long pass takes a large matrix apart: seconds within a single node, which nothing can interrupt."""
     _add_to_scores(
         decoder,
         [
             helper.make_node("Mul", ["bad_is_long", "bad_wide"], ["bad_size"]),
             helper.make_node("Concat", ["bad_size", "bad_size"], ["bad_square"], axis=0),
             helper.make_node("ConstantOfShape", ["bad_square"], ["bad_matrix"]),  # float32 (0, 0) or (6000, 6000)
-            helper.make_node("MatMul", ["bad_matrix", "bad_matrix"], ["bad_product"]),
+            helper.make_node("Det", ["bad_matrix"], ["bad_product"]),
             helper.make_node("ReduceSum", ["bad_product"], ["bad_sum"], keepdims=0),
             helper.make_node("Unsqueeze", ["bad_sum", "bad_zero"], ["bad_addend"]),
         ],
