@@ -212,7 +212,7 @@ def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
         try:
             example = read_document(GoldenExample, json.loads(line))
             check_event(dict(example.event))
-        except (ValueError, RefusedError) as error:
+        except (ValueError, RecursionError, RefusedError) as error:
             raise PermanentError("task.golden_invalid", f"line {number}: {error}", path=str(path)) from error
         if problems := task.check_decision(dict(example.decision)):
             raise PermanentError("task.golden_invalid", f"line {number}: {'; '.join(problems)}", path=str(path))

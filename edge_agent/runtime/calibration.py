@@ -102,7 +102,7 @@ def load_calibration(path: Path | None, task: TaskSpec) -> Calibration:
         return Calibration({}, floors_of(task.thresholds, {}))
     try:
         given = read_document(_File, json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PermanentError("task.calibration_invalid", f"{path.name}: {error}", path=str(path)) from error
     names = {f.name for f in task.output_fields}
     named = {*given.temperature, *given.knots, *given.floors, *(o for f in given.floors.values() for o in f.over)}

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib
+import mmap
 import os
 import signal
 import socket
@@ -185,8 +186,9 @@ def main(argv: Sequence[str] | None = None, factory: DeciderFactory = EngineDeci
 
 
 def _serve(channel: FrameChannel, decider: Decider) -> int:
-    # Freed when memory runs out, so that there is room to say so.
-    reserve = bytearray(_MEMORY_RESERVE_BYTES)
+    # Given back when memory runs out, so that there is room to say so. What is limited are addresses, so no page of it
+    # has to be there.
+    reserve = mmap.mmap(-1, _MEMORY_RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     while True:
         try:
             request = channel.receive()
@@ -199,14 +201,14 @@ def _serve(channel: FrameChannel, decider: Decider) -> int:
         try:
             reply = _answer(channel, decider, request)
         except MemoryError:
-            reserve.clear()
+            reserve.close()
             status = EXIT_OUT_OF_MEMORY
             reply = _last_words("worker.out_of_memory", "allocation failed while deciding")
         except EdgeError as error:
             if error.code not in LAST_FAULTS:
                 reply = {"error": error_message(error)}
             else:
-                reserve.clear()
+                reserve.close()
                 status = EXIT_OUT_OF_MEMORY if error.code == "worker.out_of_memory" else EXIT_DISTRUSTED
                 reply = _last_words(error.code, error.detail)
         except Exception as error:  # noqa: BLE001 - a defect must cost one event, not the process

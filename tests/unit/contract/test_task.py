@@ -195,6 +195,7 @@ def test_an_answer_outside_the_schema_is_named(task: TaskSpec, decision: dict[st
     "line",
     [
         "{",
+        "[" * 100_000,
         "[]",
         '{"event": {"text": "x"}}',
         '{"event": {}, "decision": {"severity": "low", "stop": true, "minutes": 1}}',

@@ -79,6 +79,15 @@ def test_a_calibration_that_does_not_fit_its_task_is_refused(
     assert caught.value.code == "task.calibration_invalid"
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 100_000, "\xff"])
+def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(content, "latin-1")
+    with pytest.raises(PermanentError) as caught:
+        load_calibration(path, PLAIN)
+    assert caught.value.code == "task.calibration_invalid"
+
+
 @pytest.mark.parametrize(
     "line",
     [
