@@ -33,7 +33,7 @@ from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.decoder import decode
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.kv_cache import KvCache
-from edge_agent.runtime.large_pages import gather_heap
+from edge_agent.runtime.large_pages import gather_heap, keep_on_heap
 from edge_agent.runtime.speed import PLAIN, Speed
 from tests.bench.attempts import Missing
 from tests.bench.cache import ROOT
@@ -192,6 +192,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="rewrite the table in docs/why-it-is-fast.md")
     options = parser.parse_args()
+    keep_on_heap()  # as a worker does, or only some of the weights would be gathered
     _, _, four, eight = make_own_bundles(options.model, MODELS[options.model], print)
     rows = forms(opened(four), opened(eight), options.threads)
     for name, events in streams(options.events).items():
