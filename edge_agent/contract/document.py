@@ -107,5 +107,8 @@ def _judged(kind: Any, document: object) -> Any:
 
 def _faults(error: ValidationError) -> tuple[tuple[str, str], ...]:
     # Pydantic speaks of arguments where a dataclass is built; who wrote the file knows of none.
-    said = {"unexpected_keyword_argument": "Extra inputs are not permitted"}
+    said = {
+        "unexpected_keyword_argument": "Extra inputs are not permitted",
+        "dataclass_type": "Input should be a mapping of keys to values",
+    }
     return tuple((".".join(map(str, one["loc"])), said.get(one["type"], one["msg"])) for one in error.errors())

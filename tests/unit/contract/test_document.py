@@ -159,10 +159,11 @@ class Whole:
 
 def test_every_fault_of_a_document_is_told_with_its_place() -> None:
     with pytest.raises(DocumentError) as caught:
-        read_document(Whole, {"parts": [{"name": "A", "count": 0, "hue": 1}, {}], "colour": "blue"})
+        read_document(Whole, {"parts": [{"name": "A", "count": 0, "hue": 1}, {}, 3], "colour": "blue"})
     places_of_faults = [place for place, _ in caught.value.faults]
     assert {"parts.0.name", "parts.0.count", "parts.0.hue", "parts.1.name", "colour"} <= set(places_of_faults)
     assert "parts.0.hue: Extra inputs are not permitted" in str(caught.value)
+    assert "parts.2: Input should be a mapping of keys to values" in str(caught.value)
 
 
 def test_a_fault_of_the_whole_is_told_in_its_own_words() -> None:
