@@ -23,18 +23,20 @@ Outcome = Literal[
 """How an escalation ended. ``answered`` gives route ``escalated``; every other one leaves the device's best guess."""
 
 
-class _Payload(BaseModel):
+class Payload(BaseModel):
+    """What travels on MQTT: unknown fields are ignored, so that a newer version may say more."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Hint(_Payload):
+class Hint(Payload):
     """The device's best guess, where the task lets it out."""
 
     decision: dict[str, Any]
     unsure_fields: tuple[str, ...]
 
 
-class EscalationRequest(_Payload):
+class EscalationRequest(Payload):
     """``escalations/<task>/<decision_id>``: a question to a person or a service."""
 
     schema_version: Literal[1] = 1
@@ -49,7 +51,7 @@ class EscalationRequest(_Payload):
     timestamp_ms: int
 
 
-class EscalationAnswer(_Payload):
+class EscalationAnswer(Payload):
     """``escalations-answers/<task>/<decision_id>``: the answer; a ``decision`` of null declines the question."""
 
     schema_version: Literal[1] = 1
@@ -57,7 +59,7 @@ class EscalationAnswer(_Payload):
     answered_by: str | None = Field(default=None, max_length=64)
 
 
-class Escalation(_Payload):
+class Escalation(Payload):
     """What a decision says about its escalation.
 
     Args:

@@ -6,9 +6,9 @@ import hashlib
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from edge_agent.contract.escalation_messages import Escalation
+from edge_agent.contract.escalation_messages import Escalation, Payload
 from edge_agent.contract.manifest import Manifest, Name, Sha256
 from edge_agent.contract.routing import Route
 
@@ -26,15 +26,11 @@ UpdateState = Literal[
 ]
 
 
-class _Payload(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
 def _is_none(value: object) -> bool:
     return value is None
 
 
-class ModelRef(_Payload):
+class ModelRef(Payload):
     """Which model answered."""
 
     name: str
@@ -52,7 +48,7 @@ def model_ref(manifest: Manifest, digest: str) -> ModelRef:
     return ModelRef(name=manifest.name, version=manifest.version, digest=digest)
 
 
-class Decision(_Payload):
+class Decision(Payload):
     """What the device decided about one event: the data of the CloudEvents message.
 
     ``specialist`` and ``vetoed`` are left out where there is nothing to say, as they were before there was routing.
@@ -82,7 +78,7 @@ def decision_id(task: str, event_id: str, model_digest: str) -> str:
     return hashlib.sha256(f"{task}\n{event_id}\n{model_digest}".encode()).hexdigest()[:32]
 
 
-class ErrorInfo(_Payload):
+class ErrorInfo(Payload):
     """An `EdgeError` in a payload."""
 
     code: str
@@ -90,7 +86,7 @@ class ErrorInfo(_Payload):
     detail: str
 
 
-class Status(_Payload):
+class Status(Payload):
     """``status``: the birth certificate, and (as the will) the death certificate."""
 
     schema_version: Literal[1] = 1
@@ -100,7 +96,7 @@ class Status(_Payload):
     version: str
 
 
-class Meta(_Payload):
+class Meta(Payload):
     """``meta``: what this node is and can do; republished on every connect."""
 
     schema_version: Literal[1] = 1
@@ -112,7 +108,7 @@ class Meta(_Payload):
     commands: tuple[str, ...] = ()
 
 
-class DesiredState(_Payload):
+class DesiredState(Payload):
     """``model/desired``, the payload inside the DSSE envelope: which release this node should run.
 
     ``rev`` grows with every change, so an old envelope replayed by a hostile broker is refused. ``release`` is the TUF
@@ -136,7 +132,7 @@ def release_path(name: Name, version: Name, target: str) -> str:
     return f"{name}/{version}/{target}/manifest.json"
 
 
-class Reported(_Payload):
+class Reported(Payload):
     """``model/reported``: where this node is on the way to its desired state."""
 
     schema_version: Literal[1] = 1
@@ -151,7 +147,7 @@ class Reported(_Payload):
     timestamp_ms: int
 
 
-class DeadLetter(_Payload):
+class DeadLetter(Payload):
     """``deadletter``: an event that could not be decided, and why."""
 
     schema_version: Literal[1] = 1
@@ -161,7 +157,7 @@ class DeadLetter(_Payload):
     received_ms: int
 
 
-class QueueTelemetry(_Payload):
+class QueueTelemetry(Payload):
     """``tele/queue``: depths and every drop, counted since the store was created."""
 
     schema_version: Literal[1] = 1
@@ -174,7 +170,7 @@ class QueueTelemetry(_Payload):
     timestamp_ms: int
 
 
-class InferenceTelemetry(_Payload):
+class InferenceTelemetry(Payload):
     """``tele/inference``: since the worker's start; latencies over the last window.
 
     ``workers_outgrown`` are those of the ``worker_deaths`` that the agent brought about, because a worker leaked.
@@ -191,7 +187,7 @@ class InferenceTelemetry(_Payload):
     timestamp_ms: int
 
 
-class HardwareTelemetry(_Payload):
+class HardwareTelemetry(Payload):
     """``tele/hw``: an absent sensor is null, never a guess."""
 
     schema_version: Literal[1] = 1
