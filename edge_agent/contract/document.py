@@ -111,4 +111,8 @@ def _faults(error: ValidationError) -> tuple[tuple[str, str], ...]:
         "unexpected_keyword_argument": "Extra inputs are not permitted",
         "dataclass_type": "Input should be a mapping of keys to values",
     }
-    return tuple((".".join(map(str, one["loc"])), said.get(one["type"], one["msg"])) for one in error.errors())
+    found = error.errors()
+    # Of a list whose every part is at fault it says as well that it is too short.
+    wholes = {one["loc"][:length] for one in found for length in range(len(one["loc"]))}
+    told = [one for one in found if one["type"] != "too_short" or one["loc"] not in wholes]
+    return tuple((".".join(map(str, one["loc"])), said.get(one["type"], one["msg"])) for one in told)

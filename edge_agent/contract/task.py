@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from annotated_types import Ge, Le, MaxLen, MinLen
 
-from edge_agent.contract.bounds import Matches
+from edge_agent.contract.bounds import Forms, Matches
 from edge_agent.contract.document import DocumentError, Strict, read_document
 from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
@@ -49,12 +50,20 @@ class Deviation(Strict):
     label: Label
 
 
+def _form(value: Any) -> str:
+    is_deviation = isinstance(value, Deviation) or (isinstance(value, Mapping) and "deviation" in value)
+    return "deviation" if is_deviation else "field"
+
+
+EventLine = Annotated[EventField | Deviation, Forms((("field", EventField), ("deviation", Deviation)), _form)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Strict):
     """Prefix (cached once per model), event lines ordered from stable to volatile, and the answer cue."""
 
     prefix: Annotated[str, MinLen(1), MaxLen(4000)]
-    event: Annotated[tuple[EventField | Deviation, ...], MinLen(1)]
+    event: Annotated[tuple[EventLine, ...], MinLen(1)]
     suffix: Annotated[str, MinLen(1), MaxLen(64)] = "answer: "
     on_overlong: Literal["truncate", "refuse"] = "truncate"
 

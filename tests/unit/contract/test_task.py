@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from edge_agent.contract.document import read_document
+from edge_agent.contract.document import DocumentError, read_document
 from edge_agent.contract.event import Scalar
 from edge_agent.contract.output import parse_output_schema
 from edge_agent.contract.task import TaskSpec, load_golden, parse_task
@@ -94,6 +94,17 @@ def test_a_file_that_is_no_task_is_refused_without_a_traceback(text: str) -> Non
 def test_a_schema_that_cannot_be_decoded_by_construction_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(PermanentError, match="schema_unsupported"):
         parse_output_schema(schema)
+
+
+def test_a_fault_in_a_line_of_the_prompt_is_told_once_and_for_its_own_form() -> None:
+    document = yaml.safe_load(TASK)
+    document["prompt"]["event"] = [{"field": "text", "label": "te:xt"}, {"deviation": "value", "label": "over"}]
+    with pytest.raises(DocumentError) as caught:
+        read_document(TaskSpec, document)
+    assert [place for place, _ in caught.value.faults] == [
+        "prompt.event.0.field.label",
+        "prompt.event.1.deviation.limit",
+    ]
 
 
 def test_the_order_of_required_names_says_nothing() -> None:
