@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
-from edge_agent.contract.document import read_document, to_json
+from edge_agent.contract.document import read_json, to_json
 from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.escalation_messages import Escalation, Outcome
 from edge_agent.contract.event import Event, parse_event
@@ -55,7 +54,7 @@ class EscalationStore:
             return None
         try:
             guess = Decision.model_validate_json(found.guess)
-            task = read_document(TaskSpec, json.loads(found.spec))
+            task = read_json(TaskSpec, found.spec)
             event = parse_event(found.payload, max_bytes=task.limits.max_event_bytes)
         except (ValueError, EdgeError) as error:
             self._bury(escalation_id, type(error).__name__)

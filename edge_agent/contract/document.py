@@ -70,6 +70,19 @@ def read_document(kind: type[T], document: object) -> T:
     return read
 
 
+def read_json(kind: type[T], raw: bytes | str) -> T:
+    """Read a document from JSON.
+
+    Raises:
+        DocumentError, EdgeError: as `read_document`; DocumentError as well for what is no JSON, or nests too deep.
+    """
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DocumentError((("", f"it is not JSON: {error}"),)) from error
+    return read_document(kind, document)
+
+
 def to_document(part: Any, *, exclude_none: bool = False) -> dict[str, Any]:
     """A document as JSON has it; `read_document` reads it again.
 
@@ -83,7 +96,7 @@ def to_document(part: Any, *, exclude_none: bool = False) -> dict[str, Any]:
 
 
 def to_json(part: Any) -> bytes:
-    """A document in UTF-8 JSON, on one line."""
+    """A document in UTF-8 JSON, on one line; `read_json` reads it again."""
     return json.dumps(to_document(part), separators=(",", ":"), ensure_ascii=False).encode()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from edge_agent.contract.escalation import Destination
 from edge_agent.contract.event import Scalar
+from edge_agent.contract.payload import Payload
 
 Outcome = Literal[
     "answered",
@@ -21,12 +22,6 @@ Outcome = Literal[
     "nothing_to_share",
 ]
 """How an escalation ended. ``answered`` gives route ``escalated``; every other one leaves the device's best guess."""
-
-
-class Payload(BaseModel):
-    """What travels on MQTT: unknown fields are ignored, so that a newer version may say more."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Hint(Payload):

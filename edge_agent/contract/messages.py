@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from edge_agent.contract.escalation_messages import Escalation, Payload
+from edge_agent.contract.escalation_messages import Escalation
 from edge_agent.contract.manifest import Manifest, Name, Sha256
+from edge_agent.contract.payload import Payload
 from edge_agent.contract.routing import Route
 
 UpdateState = Literal[

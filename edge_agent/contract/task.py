@@ -6,7 +6,6 @@ A task is the file an OT engineer edits (``tasks/<name>/task.yaml`` with ``golde
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ import yaml
 from annotated_types import Ge, Le, MaxLen, MinLen
 
 from edge_agent.contract.bounds import Forms, Matches
-from edge_agent.contract.document import DocumentError, Strict, read_document
+from edge_agent.contract.document import DocumentError, Strict, read_document, read_json
 from edge_agent.contract.escalation import EscalationSpec
 from edge_agent.contract.event import Event, Scalar, check_event, clean_text
 from edge_agent.contract.guards import PREFIX_ECHO, Guard, echoes, enforce
@@ -219,9 +218,9 @@ def load_golden(path: Path, task: TaskSpec) -> tuple[GoldenExample, ...]:
         if not line.strip():
             continue
         try:
-            example = read_document(GoldenExample, json.loads(line))
+            example = read_json(GoldenExample, line)
             check_event(dict(example.event))
-        except (ValueError, RecursionError, RefusedError) as error:
+        except (DocumentError, RefusedError) as error:
             raise PermanentError("task.golden_invalid", f"line {number}: {error}", path=str(path)) from error
         if problems := task.check_decision(dict(example.decision)):
             raise PermanentError("task.golden_invalid", f"line {number}: {'; '.join(problems)}", path=str(path))

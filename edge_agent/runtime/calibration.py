@@ -8,7 +8,6 @@ An agent that is older than ``floors`` ignores them and refuses the task that as
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +18,7 @@ import numpy as np
 from annotated_types import Gt, MaxLen, MinLen
 
 from edge_agent.contract.bounds import Finite
-from edge_agent.contract.document import read_document
+from edge_agent.contract.document import DocumentError, read_json
 from edge_agent.contract.task import TaskSpec
 from edge_agent.contract.thresholds import ChosenFloor, Confidence, Floors, floors_of
 from edge_agent.errors import PermanentError
@@ -101,8 +100,8 @@ def load_calibration(path: Path | None, task: TaskSpec) -> Calibration:
     if path is None:
         return Calibration({}, floors_of(task.thresholds, {}))
     try:
-        given = read_document(_File, json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
+        given = read_json(_File, path.read_bytes())
+    except (OSError, DocumentError) as error:
         raise PermanentError("task.calibration_invalid", f"{path.name}: {error}", path=str(path)) from error
     names = {f.name for f in task.output_fields}
     named = {*given.temperature, *given.knots, *given.floors, *(o for f in given.floors.values() for o in f.over)}

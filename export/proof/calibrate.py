@@ -99,8 +99,8 @@ def calibration_bytes(
 
 def _as_written(found: ChosenFloor) -> dict[str, Any]:
     # The floor is spelled out: one that was not found must not look like one that was forgotten.
-    said = {**to_document(found, exclude_none=True), "floor": found.floor}
-    return said if found.over else {name: value for name, value in said.items() if name != "over"}
+    said = {name: value for name, value in to_document(found).items() if value not in (None, [])}
+    return {**said, "floor": found.floor}
 
 
 def _log_loss(trials: Sequence[Trial], temperature: float) -> float:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from edge_agent.contract.document import read_document, to_document
+from edge_agent.contract.document import read_json, to_document
 from edge_agent.contract.manifest import ModelSpec
 
 MODEL_DIR = "model"
@@ -29,7 +29,7 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
 
 def read_spec(folder: Path) -> ModelSpec:
     """Read ``spec.json`` of an earlier stage (whose hash the pipeline has checked)."""
-    return read_document(ModelSpec, json.loads((folder / SPEC_NAME).read_bytes()))
+    return read_json(ModelSpec, (folder / SPEC_NAME).read_bytes())
 
 
 def link_or_copy(source: Path, target: Path) -> None:
