@@ -31,7 +31,7 @@ class HeadRows:
         return len(self.ids)
 
     def __contains__(self, token: int) -> bool:
-        return bool(self._has(np.array([token]))[0])
+        return bool(_are_among(np.array([token]), self.ids)[0])
 
     @property
     def whole(self) -> bool:
@@ -39,17 +39,21 @@ class HeadRows:
         return len(self.ids) == self.vocab_size
 
     def kept(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of ``ids`` (options,) that can be chosen."""
-        return ids if self.whole else ids[self._has(ids)]
+        """Those of ``ids`` (options,), ascending, that can be chosen."""
+        if self.whole:
+            return ids
+        few, many = sorted((ids, self.ids), key=len)  # in open text nearly every token may come next
+        return few[_are_among(few, many)]
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the logits that score ``ids`` (options,), all of which can be chosen."""
         return ids if self.whole else np.searchsorted(self.ids, ids)
 
-    def _has(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        # Searched, not looked up: a row for every token of the vocabulary would be a megabyte.
-        rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.equal(self.ids[rows], ids)
+
+def _are_among(ids: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
+    # Searched, not looked up: a row for every token of the vocabulary would be a megabyte.
+    places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.equal(known[places], ids)
 
 
 def read_head_rows(vocab_size: int, file: Path | None) -> HeadRows:
