@@ -150,8 +150,18 @@ def connect(address: BrokerAddress) -> Iterator[BrokerSession]:
     try:
         yield BrokerSession(client, address.timeout_s)
     finally:
-        client.disconnect()
-        client.loop_stop()
+        close_client(client)
+
+
+def close_client(client: paho.Client) -> None:
+    """Disconnect, end the network thread and let go of the callbacks.
+
+    paho closes its wake-up sockets with the last reference to the client. In a cycle client -> callback -> whoever
+    holds the client, they would wait for the garbage collector.
+    """
+    client.disconnect()
+    client.loop_stop()
+    client.on_connect = client.on_disconnect = client.on_message = client.on_publish = client.on_subscribe = None
 
 
 def _connected(address: BrokerAddress) -> paho.Client:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deploy.broker import BrokerAddress, connect
+from deploy.broker import BrokerAddress, close_client, connect
 from deploy.demo.broker import DemoBroker, start_broker
 from deploy.demo.bundles import Variant, machine_target, make_variants
 from deploy.demo.children import Child
@@ -18,7 +18,7 @@ from deploy.demo.consumer import Consumer
 from deploy.demo.ledger import Ledger
 from deploy.demo.link import Link
 from deploy.demo.plant import Plant
-from deploy.demo.wire import USERNAME, close_client, open_client
+from deploy.demo.wire import USERNAME, open_client
 from deploy.desired import default_not_after, next_rev, send_desired
 from deploy.keys import Keys, init_keys
 from deploy.registry import Registry

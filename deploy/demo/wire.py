@@ -46,9 +46,3 @@ def open_client(name: str, port: int, protocol: MQTTProtocolVersion) -> paho.Cli
         client.loop_stop()
         raise TransientError("broker.unreachable", f"the broker did not accept {name}: {outcome or 'no answer'}")
     return client
-
-
-def close_client(client: paho.Client) -> None:
-    """Disconnect and end the network thread."""
-    client.disconnect()
-    client.loop_stop()

@@ -145,8 +145,20 @@ class Connection:
         Raises:
             EdgeError: one of the ``mqtt.*`` codes of `faults`. The connection is then closed.
         """
+        where = f"{self._settings.host}:{self._settings.port}"
+        self._start(where)
+        if not self._answered.wait(answer_within_s or self._settings.connect_timeout_s):
+            self._lose(TransientError("mqtt.no_connack", f"{where} accepted the connection but not the session"))
+        if self._connack is None or self._fault is not None:
+            fault = self._fault or TransientError("mqtt.closed_early", f"{where} hung up before answering")
+            self.kill()
+            raise fault
+        return self._connack
+
+    def _start(self, where: str) -> None:
+        # Apart from `open`: a fault that `open` raises holds that call's variables for as long as this connection holds
+        # the fault, and the client must be among neither (see `kill`).
         settings, client = self._settings, self._live_client()
-        where = f"{settings.host}:{settings.port}"
         try:
             if self._is_v5:
                 client.connect(
@@ -164,13 +176,6 @@ class Connection:
         others = set(threading.enumerate())
         client.loop_start()
         self._network_thread = _thread_named(f"paho-mqtt-client-{self._identity.client_id}", others)
-        if not self._answered.wait(answer_within_s or settings.connect_timeout_s):
-            self._lose(TransientError("mqtt.no_connack", f"{where} accepted the connection but not the session"))
-        if self._connack is None or self._fault is not None:
-            fault = self._fault or TransientError("mqtt.closed_early", f"{where} hung up before answering")
-            self.kill()
-            raise fault
-        return self._connack
 
     @property
     def is_alive(self) -> bool:

@@ -581,6 +581,29 @@ def test_the_doctor_does_not_disturb_the_running_session(broker: BrokerProcess, 
     assert states(reader) == ["online"]
 
 
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_broker_that_hangs_up_before_it_answers_costs_no_descriptors(
+    broker: BrokerProcess, node: MakeNode, proxy: MakeProxy
+) -> None:
+    network = proxy(broker.port)
+    network.refuse()
+    device = node(network.port, protocol="5", reconnect_max_s=0.02)
+    device.start()
+    wait_until(lambda: device.wills >= 3)
+    gc.collect()
+    gc.disable()
+    try:
+        before = descriptors()
+        wait_until(lambda: device.wills >= 23)
+        assert descriptors() <= before + 6  # of the attempt under way, on both sides of the proxy
+    finally:
+        gc.enable()
+    assert device.uplink.fault == "mqtt.closed_early"
+
+
 def test_reconnecting_leaks_neither_threads_nor_descriptors(
     broker: BrokerProcess, node: MakeNode, proxy: MakeProxy
 ) -> None:
@@ -598,16 +621,13 @@ def test_reconnecting_leaks_neither_threads_nor_descriptors(
             network.cut()
             wait_until(functools.partial(has_connected, wanted))
 
-    def descriptors() -> int:
-        # The proxy's own sockets come and go a moment later; the broker's are in another process.
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     reconnect(3)
     gc.collect()
     gc.disable()
     try:
         before, threads = descriptors(), threading.active_count()
         reconnect(10)
+        # The proxy's own sockets come and go a moment later; the broker's are in another process.
         wait_until(lambda: descriptors() <= before + 2)
         wait_until(lambda: threading.active_count() <= threads + 1)
     finally:

@@ -14,6 +14,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from deploy.broker import close_client
+
 WAIT_S = 15.0
 
 
@@ -97,8 +99,9 @@ class Peer:
         return self.wait_for(lambda seen: seen.topic == topic, count)
 
     def close(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+        # Without that a garbage collection may come to a socket of this peer before it comes to the client: a
+        # ResourceWarning, in whichever test runs by then.
+        close_client(self._client)
 
     def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         properties = message.properties

@@ -14,13 +14,14 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
+from deploy.broker import close_client
 from deploy.demo.broker import start_broker
 from deploy.demo.children import Child
 from deploy.demo.events import EventStream, Mix
 from deploy.demo.ledger import Ledger
 from deploy.demo.link import Link
 from deploy.demo.plant import Pace, Plant
-from deploy.demo.wire import close_client, open_client
+from deploy.demo.wire import open_client
 from edge_agent.contract.event import event_id, parse_event
 from edge_agent.contract.task import load_task, parse_task
 from edge_agent.errors import PermanentError
@@ -246,7 +247,7 @@ def test_brokers_lose_nothing_that_was_under_way_when_the_link_was_cut(kind: str
         published += [mouth.publish("events", text, qos=1) for text in expected[40:]]
         for info in published:
             info.wait_for_publish(5)
-        ears.loop_stop()
+        close_client(ears)
         slow.clear()
         link.restore()
         ears = listen(link.port)
