@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from edge_agent.runtime.pass_limit import PassLimit
 from edge_agent.runtime.providers import CACHE_DEVICES, DYNAMIC, PROVIDERS, check_loaded, use_provider
 
 MAX_DEFAULT_THREADS = 4
+ARENA_BYTES = 32 * 1024 * 1024
+"""Addresses of the arena's first stretch: more than a pass of `kv_cache.MAX_PASS_TOKENS` of a 0.5B model fills."""
 
 
 def resolve_threads(threads: int) -> int:
@@ -64,6 +67,7 @@ class ModelSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # Memory patterns are kept per input shape, and every event has another length.
         options.enable_mem_pattern = False
+        _use_one_arena(options)
         if PROVIDERS[manifest.target] not in DYNAMIC:
             raise PermanentError("bundle.unsupported", f"target {manifest.target} takes graph interface 2 only")
         wanted = use_provider(manifest.target, options)
@@ -103,6 +107,24 @@ class ModelSession:
             PermanentError: ``worker.out_of_memory``.
         """
         return KvCache(self._graphs, capacity_tokens, rows, self._no_adapter if adapter is None else adapter)
+
+
+def _use_one_arena(options: Any) -> None:
+    """Have the values of a pass come and go in one stretch of addresses, of which only what they fill is memory.
+
+    By itself ONNX Runtime plans which value inherits the buffer of which, and so holds the widest ones from the first
+    layer to the last; and its arena grows in stretches between which free space does not add up.
+    """
+    options.enable_mem_reuse = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    _register_arena()
+
+
+@functools.cache
+def _register_arena() -> None:
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    size = ort.OrtArenaCfg({"initial_chunk_size_bytes": ARENA_BYTES})
+    mapped("registering the arena", lambda: ort.create_and_register_allocator(where, size))
 
 
 def _load(path: Path, wanted: dict[str, Any]) -> Any:
