@@ -23,7 +23,6 @@ from typing import Any, Concatenate, ParamSpec
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -33,6 +32,7 @@ from edge_agent.log import get_logger
 from edge_agent.settings import MqttSettings
 from edge_agent.uplink import credentials, faults
 from edge_agent.uplink.cloudevents import WireMessage
+from edge_agent.uplink.packet_properties import connect_properties, publish_properties
 
 MAX_RECEIVE_MAXIMUM = 65_535
 # QoS 0 has no flow control: with this many unread messages further ones are dropped and counted. QoS 1 needs no bound
@@ -166,7 +166,7 @@ class Connection:
                     settings.port,
                     settings.keepalive_s,
                     clean_start=self._identity.clean,
-                    properties=self._connect_properties(),
+                    properties=connect_properties(settings, is_clean=self._identity.clean),
                 )
             else:
                 client.connect(settings.host, settings.port, settings.keepalive_s)
@@ -267,7 +267,7 @@ class Connection:
             TransientError: ``mqtt.connection_lost`` or ``mqtt.window_full``.
             PermanentError: ``mqtt.topic_refused``: not a topic.
         """
-        properties = self._publish_properties(wire, expiry_s) if self._is_v5 else None
+        properties = publish_properties(wire, expiry_s) if self._is_v5 else None
         try:
             info = self._live_client().publish(wire.topic, wire.payload, qos, retain, properties=properties)
         except ValueError as error:
@@ -297,9 +297,8 @@ class Connection:
             manual_ack=True,
         )
         client.connect_timeout = settings.connect_timeout_s
-        client.max_inflight_messages_set(
-            MAX_RECEIVE_MAXIMUM
-        )  # the window is kept by the drain, which knows the broker's
+        # The window is kept by the drain, which knows the broker's.
+        client.max_inflight_messages_set(MAX_RECEIVE_MAXIMUM)
         client.max_queued_messages_set(settings.max_inflight + 16)
         if settings.username is not None:
             client.username_pw_set(settings.username, credentials.password(settings))
@@ -313,24 +312,6 @@ class Connection:
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         return client
-
-    def _connect_properties(self) -> Properties:
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        if not self._identity.clean:
-            properties.SessionExpiryInterval = self._settings.session_expiry_s
-        properties.ReceiveMaximum = self._settings.max_inflight
-        properties.MaximumPacketSize = self._settings.max_packet_bytes
-        return properties
-
-    def _publish_properties(self, wire: WireMessage, expiry_s: int | None) -> Properties:
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        if wire.content_type is not None:
-            properties.ContentType = wire.content_type
-        if wire.user_properties:
-            properties.UserProperty = list(wire.user_properties)
-        if expiry_s is not None:
-            properties.MessageExpiryInterval = expiry_s
-        return properties
 
     # ---- facts from the network thread
 
