@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 
 from edge_agent.uplink.broker_check import check_broker
 from edge_agent.uplink.records import OutboundMessage
 from tests.fakes.brokers import BrokerProcess
-from tests.fakes.mqtt_peer import Peer, wait_until
-from tests.fakes.node import DECISIONS, TOPICS, Node, decision_of
+from tests.fakes.mqtt_peer import MakePeer, wait_until
+from tests.fakes.node import DECISIONS, TOPICS, MakeNode, decision_of
 
 pytestmark = pytest.mark.needs("module:amqtt")
-
-MakeNode = Callable[..., Node]
-MakePeer = Callable[..., Peer]
 
 
 def test_the_uplink_falls_back_and_decisions_become_structured_cloudevents(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 from typing import Literal
 
 Direction = Literal["up", "down"]  # up: from the client to the server
@@ -105,3 +106,6 @@ class CutProxy:
             self._sockets -= {client, server}
         client.close()
         server.close()
+
+
+MakeProxy = Callable[[int], CutProxy]

@@ -124,6 +124,9 @@ class Peer:
             self._changed.notify_all()
 
 
+MakePeer = Callable[..., Peer]
+
+
 def wait_until(true: Callable[[], object], timeout_s: float = WAIT_S) -> None:
     """Poll until ``true()``; fails loudly when that never comes."""
     deadline = time.monotonic() + timeout_s

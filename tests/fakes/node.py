@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from edge_agent.settings import MqttSettings, SpoolSettings
 from edge_agent.uplink.cloudevents import decision_message
 from edge_agent.uplink.session import MqttUplink
 from edge_agent.uplink.spool import Spool
+from tests.fakes.mqtt_peer import Peer
 
 TOPICS = NodeTopics("plant1", "press-4")
+EVENTS = TOPICS.events("triage")
 DECISIONS = "acme/plant1/forming/line2/press-4/_edgeai/triage"
 MODEL = ModelRef(name="triage", version="1.0.0", digest="a" * 64)
 
@@ -33,6 +36,15 @@ def decision_of(task: str, given_id: str) -> Decision:
         latency_ms=41.5,
         timestamp_ms=now_ms(),
     )
+
+
+def event(number: object, **fields: object) -> str:
+    return json.dumps({"id": str(number), "machine": "press-4", "code": "E217", **fields})
+
+
+def states(peer: Peer) -> list[str]:
+    """What a peer heard of the node's state, in order."""
+    return [Status.model_validate_json(seen.payload).state for seen in peer.seen if seen.topic == TOPICS.status]
 
 
 class Node:
@@ -139,3 +151,6 @@ class Node:
             self.spool.inbox_changed.clear()
             if not self.answer_one():
                 self.spool.inbox_changed.wait(0.05)
+
+
+MakeNode = Callable[..., Node]
