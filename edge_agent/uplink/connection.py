@@ -156,8 +156,8 @@ class Connection:
         return self._connack
 
     def _start(self, where: str) -> None:
-        # Apart from `open`: a fault that `open` raises holds that call's variables for as long as this connection holds
-        # the fault, and the client must be among neither (see `kill`).
+        # Apart from `open`: a fault that it raises holds its variables, and this connection holds the fault. Were the
+        # client one of them, it would be in a cycle (see `kill`).
         settings, client = self._settings, self._live_client()
         try:
             if self._is_v5:
