@@ -16,7 +16,7 @@ def connect_properties(settings: MqttSettings, *, is_clean: bool) -> Properties:
         settings: the limits.
         is_clean: whether the session ends with the connection.
     """
-    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it unannotated
     if not is_clean:
         properties.SessionExpiryInterval = settings.session_expiry_s
     properties.ReceiveMaximum = settings.max_inflight
@@ -26,7 +26,7 @@ def connect_properties(settings: MqttSettings, *, is_clean: bool) -> Properties:
 
 def publish_properties(wire: WireMessage, expiry_s: int | None) -> Properties:
     """Of a PUBLISH: content type, CloudEvents attributes, and when the broker may drop it."""
-    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]  # paho leaves it unannotated
     if wire.content_type is not None:
         properties.ContentType = wire.content_type
     if wire.user_properties:

@@ -60,7 +60,7 @@ class Peer:
         if filters:
             self._client.on_connect = subscribe
         if keeps_session:
-            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it unannotated
             properties.SessionExpiryInterval = 600
             self._client.connect("127.0.0.1", port, clean_start=False, properties=properties)
         else:
