@@ -26,7 +26,8 @@ from tests.bench.decision_contenders import (
     bundle_for_tokens,
     make_decision_contenders,
 )
-from tests.bench.decision_model import AT_LEAST_EVEN, MODELS, TARGETS, DecisionSettings, decision_figures
+from tests.bench.decision_model import DecisionSettings, decision_figures
+from tests.bench.decision_rows import AT_LEAST_EVEN, MODELS, TARGETS
 from tests.bench.decisions_page import as_json, committed_decisions, machine, write_page
 from tests.bench.export_figures import BUSY_SHARE, STDOUT
 from tests.bench.figures import RATIO, Figure, fallen_back, from_samples, table

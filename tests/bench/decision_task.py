@@ -7,11 +7,13 @@ and the event lines are the reference task's own.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from deploy.demo.events import EventStream
 from edge_agent.contract.event import Event
 from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.runtime.encoder import TextEncoder
@@ -61,31 +63,52 @@ def with_long_prefix(reference: str) -> str:
     return str(yaml.safe_dump(task, sort_keys=False, allow_unicode=True))
 
 
-def prompts(task: TaskSpec, checkpoint: Path, count: int) -> list[Prompt]:
-    """The first held-out events, in file order, none twice and none cut, so that every engine reads the same text.
+def heldout_events(count: int) -> list[Event]:
+    """The first held-out events, in file order, each of another machine.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    lines = HELDOUT.read_text("utf-8").splitlines()
+    if count > len(lines):
+        raise ValueError(f"{count} events are wanted, there are {len(lines)}")
+    return [json.loads(line)["event"] for line in lines[:count]]
+
+
+def plant_events(count: int) -> list[Event]:
+    """Events of the demo's plant, whose nine machines report again and again, but for what one repeats word by word."""
+    plant = EventStream(seed=7)
+    found: dict[str, Event] = {}
+    while len(found) < count:
+        event = plant.next("steady")
+        found.setdefault(json.dumps({**event, "id": None}), event)
+    return list(found.values())
+
+
+def prompts(task: TaskSpec, checkpoint: Path, events: Sequence[Event]) -> list[Prompt]:
+    """Events as every engine reads them, none twice and none cut.
 
     Args:
         task: says how an event becomes text.
         checkpoint: Hugging Face folder of the model.
-        count: how many.
+        events: as the machines sent them.
 
     Raises:
-        ValueError: there are not so many, or the task would cut one of them.
+        ValueError: the task would cut one of them, or two are one text.
     """
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     encoder = TextEncoder(checkpoint / "tokenizer.json", config["vocab_size"])
     prefix = encoder.encode(task.prompt.prefix)
-    lines = HELDOUT.read_text("utf-8").splitlines()
-    if count > len(lines):
-        raise ValueError(f"{count} events are wanted, there are {len(lines)}")
-    found = []
-    for line in lines[:count]:
-        event = json.loads(line)["event"]
+    found: dict[str, Prompt] = {}
+    for event in events:
+        text = task.prompt.prefix + task.render(event)
         prompt = event_prompt(task, event, encoder.encode)
         if len(encoder.encode(task.render(event))) != len(prompt.ids):
             raise ValueError(f"the task's limit of {task.limits.max_prompt_tokens} tokens cuts {event}")
-        found.append(Prompt(event, task.prompt.prefix + task.render(event), [*prefix, *prompt.ids]))
-    return found
+        if text in found:
+            raise ValueError(f"comes twice: {event}")
+        found[text] = Prompt(event, text, [*prefix, *prompt.ids])
+    return list(found.values())
 
 
 def load_decision_task(folder: Path) -> TaskSpec:

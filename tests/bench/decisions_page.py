@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from tests.bench import ogenai_peer, page
-from tests.bench.decision_model import MODELS
+from tests.bench.decision_rows import MODELS
 from tests.bench.figures import Figure, table
 from tests.bench.page import DOCS
 

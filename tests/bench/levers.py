@@ -11,8 +11,6 @@ plant of nine machines, whose events begin alike.
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +24,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import numpy.typing as npt
 
-from deploy.demo.events import EventStream
 from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.bundle import VerifiedBundle
@@ -38,8 +35,8 @@ from edge_agent.runtime.speed import PLAIN, Speed
 from tests.bench.attempts import Missing
 from tests.bench.cache import ROOT
 from tests.bench.decision_contenders import OurBundle, make_own_bundles
-from tests.bench.decision_model import MODELS
-from tests.bench.made import HELDOUT
+from tests.bench.decision_rows import MODELS
+from tests.bench.decision_task import heldout_events, plant_events
 
 PAGE = ROOT / "docs" / "why-it-is-fast.md"
 DEADLINE_S = 600.0
@@ -158,12 +155,7 @@ def table(rows: Sequence[Form], taken_ms: Sequence[Sequence[float]]) -> list[str
 
 def streams(count: int) -> dict[str, Stream]:
     """Held-out events, and a plant's."""
-    lines = itertools.islice(HELDOUT.read_text("utf-8").splitlines(), count)
-    plant = EventStream(seed=7)
-    return {
-        "held-out events": [json.loads(line)["event"] for line in lines],
-        "a plant's events": [plant.next("steady") for _ in range(count)],
-    }
+    return {"held-out events": heldout_events(count), "a plant's events": plant_events(count)}
 
 
 def opened(bundle: OurBundle | Missing) -> VerifiedBundle:

@@ -38,6 +38,7 @@ _POLL_S = 0.005
 _ANSWER_LIMIT_S = 120.0
 _TRIAL_EVENTS = 6
 _PLAIN_EVENTS = 2
+_PROMPTS_MIB = 8192
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ SETTINGS = (
 def as_by_default(setting: Setting) -> Setting:
     """The same with the weights mapped, as the server does when it is not told otherwise."""
     return Setting(f"{setting.name}, mapped", (*setting.arguments, "--load-mode", "auto"))
+
+
+def as_remembering(setting: Setting) -> Setting:
+    """The same with the prompts of earlier events kept in memory, as the server does when it is not told otherwise."""
+    return Setting(f"{setting.name}, prompts kept", (*setting.arguments, "--cache-ram", str(_PROMPTS_MIB)))
 
 
 class Client:

@@ -3,13 +3,14 @@
     build/bench/ogenai-…/bin/python tests/bench/ogenai_decisions.py MODEL_FOLDER JOB.json
 
 Runs in an environment of its own: nothing of this repository is imported. What makes it fast is used: one generator
-whose cache keeps the prefix (``rewind_to``), guidance with tokens that are forced taken without sampling
-(``enable_ff_tokens``), greedy search, logits of the last token alone.
+whose cache keeps what a prompt shares with the last one (``rewind_to``), guidance with tokens that are forced taken
+without sampling (``enable_ff_tokens``), greedy search, logits of the last token alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import time
@@ -36,14 +37,14 @@ class Peer:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = og.Model(config)
         self._tokenizer = og.Tokenizer(self._model)
-        self._prefix_tokens = job["prefix_tokens"]
         self._most = job["max_answer_tokens"]
         self._own_ids = self.differing(job["warm"]) == 0
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(do_sample=False, max_length=job["context_tokens"])
         parameters.set_guidance("regex", job["regex"], True)
         self._generator = og.Generator(self._model, parameters)
-        self._generator.append_tokens(job["warm"][0]["ids"][: self._prefix_tokens])
+        self._last: list[int] = job["warm"][0]["ids"][: job["prefix_tokens"]]
+        self._generator.append_tokens(self._last)
 
     def differing(self, prompts: list[dict[str, Any]]) -> int:
         """Prompts that this tokenizer spells otherwise."""
@@ -55,8 +56,12 @@ class Peer:
         # The text, as a user would; ids only where this tokenizer would read another text than the rest.
         ids = self._tokenizer.encode(prompt["text"]).tolist() if self._own_ids else prompt["ids"]
         generator = self._generator
-        generator.rewind_to(self._prefix_tokens)
-        generator.append_tokens(ids[self._prefix_tokens :])
+        # As llama.cpp does by itself: back to where this prompt parts from the last one, prefix or beyond.
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._last, ids, strict=False))
+        kept = min(sum(1 for _ in alike), len(ids) - 1)
+        generator.rewind_to(kept)
+        generator.append_tokens(ids[kept:])
+        self._last = ids
         read_s = time.perf_counter()
         generator.generate_next_token()
         first_s = time.perf_counter()
@@ -70,7 +75,7 @@ class Peer:
             "latency_ms": 1000 * (ended_s - started_s),
             "prompt_ms": 1000 * (read_s - started_s),
             "generate_ms": 1000 * (generated_s - first_s),
-            "prompt_tokens": len(ids) - self._prefix_tokens,
+            "prompt_tokens": len(ids) - kept,
             "tokens": len(answer),
             "text": text,
         }

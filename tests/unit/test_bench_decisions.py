@@ -12,18 +12,7 @@ from typing import Any
 import pytest
 
 from edge_agent.contract.task import parse_task
-from tests.bench.decision_model import (
-    LLAMA,
-    LLAMA_SLOTS,
-    OGENAI,
-    OURS,
-    backlog_figures,
-    check_answers,
-    engine_figures,
-    own_figures,
-    ratio_figures,
-    same_answers,
-)
+from tests.bench.decision_model import check_answers
 from tests.bench.decision_ratios import (
     backlog_ms,
     corrected_ratio,
@@ -32,6 +21,19 @@ from tests.bench.decision_ratios import (
     raw_ratio,
     token_ms,
     without_grammar_ratio,
+)
+from tests.bench.decision_rows import (
+    LLAMA,
+    LLAMA_REMEMBERING,
+    LLAMA_SLOTS,
+    OGENAI,
+    OURS,
+    backlog_figures,
+    engine_figures,
+    own_figures,
+    plant_figures,
+    ratio_figures,
+    same_answers,
 )
 from tests.bench.decision_runs import (
     Answered,
@@ -44,7 +46,7 @@ from tests.bench.decision_runs import (
     run_program,
     take_turns,
 )
-from tests.bench.decision_task import INSTRUCTION, Prompt, with_long_prefix
+from tests.bench.decision_task import INSTRUCTION, Prompt, plant_events, with_long_prefix
 from tests.bench.decisions_page import FIGURES, PAGE, as_json, committed_decisions, machine, write_page
 from tests.bench.figures import Figure, Target, fallen_back
 from tests.bench.made import REFERENCE
@@ -138,6 +140,25 @@ def test_the_better_of_the_peers_two_ways_counts() -> None:
 
 def test_without_slots_there_is_no_figure_of_a_backlog() -> None:
     assert not list(backlog_figures("135m", turns(ours=OUR_RUN, llama=THEIR_RUN).runs))
+
+
+# --- a plant's events
+
+
+def test_at_a_plant_the_better_of_the_peers_memories_counts() -> None:
+    remembering = run(*(answered(300.0, 60, generate_ms=295.0) for _ in range(2)))
+    both = {OURS: [OUR_RUN, OUR_RUN], LLAMA: [THEIR_RUN, THEIR_RUN], LLAMA_REMEMBERING: [remembering, THEIR_RUN]}
+    found = by_key(plant_figures("135m", Turns(both, {})))
+    assert found["plant_vs_llamacpp_raw"].spread == (300 / 50, 400 / 50)
+    assert found["plant_vs_llamacpp_corrected"].target == GOAL
+    assert found["plant_llamacpp_ms"].value == pytest.approx(400.0)  # each of its ways is shown as it was
+
+
+def test_a_plant_repeats_itself_in_kind_and_never_to_the_letter() -> None:
+    events = plant_events(60)
+    assert len({event["machine"] for event in events}) < 10
+    assert len({json.dumps({**event, "id": None}) for event in events}) == 60
+    assert plant_events(60) == events
 
 
 # --- figures
