@@ -1,7 +1,7 @@
 """Guesses at the rest of an answer, so that one pass can check what several would have found out.
 
-Three sources, all free of charge: what this task answered before (a plant's events repeat themselves in kind, if not to
-the letter), what it may answer at all (of a yes and a no, one is right), and, inside free text, the event's own words.
+Four sources, all free of charge: what this task answered to events much like this one (`similar_events`), what it
+answered to any, what it may answer at all (of a yes and a no, one is right), and, in free text, the event's own words.
 Whether a guess is worth its tokens follows from how likely it is and from what a pass and a token cost on this very
 machine, measured as events go by. Where the graph takes alternatives, several guesses share a pass. A guess is checked
 like any other text, so it never changes an answer.
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from edge_agent.runtime.similar_events import Similar, SimilarEvents
+
 MAX_NODES = 5_000
 """Tokens of remembered answers; beyond it the memory is halved. Some 2 MB."""
 MAX_DRAFT_TOKENS = 96
@@ -20,6 +22,10 @@ LOOKUP_TOKENS = 2
 """How many tokens of an answer must stand in the event before the words after them are proposed."""
 COPIED_TOKENS = 8
 _DECAY = 0.98
+_USUAL = 64.0
+"""Answers that what was answered to any event counts for, however often that was: it must not drown out the next."""
+_SIMILAR = 200.0
+"""Answers that the answer to an event of the very same tokens counts for."""
 _FEWEST_PASSES = 8
 _INITIAL_FIXED_TOKENS = 12.0
 
@@ -131,6 +137,50 @@ def _until_asked(node: _Node, token: int) -> tuple[list[int], _Node]:
     return segment, node
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where a guess may go on.
+
+    Args:
+        node: of the tree of answers.
+        length: tokens of the answer up to here.
+        similar: answers to similar events that have come this way.
+        likely: the chance that the answer comes this way.
+    """
+
+    node: _Node
+    length: int
+    similar: Similar
+    likely: float
+
+    def chances(self, ways: Sequence[Sequence[int]]) -> dict[int, float]:
+        """The chance that the answer comes to each token that may follow.
+
+        Args:
+            ways: that are known to be possible.
+        """
+        counts = dict.fromkeys((way[0] for way in ways), 1.0 / len(ways) if ways else 0.0)
+        # A share of one answer for each way that is known: what was seen once is not certain, and what was never seen
+        # is not impossible.
+        whole = 1.0
+        if self.node.visits:
+            usual = min(self.node.visits, _USUAL)
+            whole += usual
+            for token, following in self.node.after.items():
+                counts[token] = counts.get(token, 0.0) + usual * following.visits / self.node.visits
+        for likeness, answer in self.similar:
+            if self.length < len(answer) and answer[self.length] in self.node.after:
+                counts[answer[self.length]] += _SIMILAR * likeness
+                whole += _SIMILAR * likeness
+        return {token: self.likely * count / whole for token, count in counts.items()}
+
+
+def _continuing(similar: Similar, length: int, segment: Sequence[int]) -> Similar:
+    """Those of the answers that go on with ``segment`` after ``length`` tokens."""
+    wanted, end = tuple(segment), length + len(segment)
+    return tuple(one for one in similar if one[1][length:end] == wanted)
+
+
 class AnswerDrafts:
     """What one task answered so far, as a tree of tokens.
 
@@ -146,6 +196,7 @@ class AnswerDrafts:
         self._remembers = remembers
         self._root = _Node()
         self._nodes = 1
+        self._events = SimilarEvents()
         self._copied = self._copied_right = 1.0
 
     @property
@@ -159,7 +210,7 @@ class AnswerDrafts:
         Args:
             answer: its token ids.
             asked: numbers of its tokens after which scores were asked for.
-            prompt: token ids of its event, to learn whether copying from events pays.
+            prompt: token ids of its event.
         """
         if not self._remembers:
             return
@@ -177,6 +228,7 @@ class AnswerDrafts:
                 following = node.after[answer[length]] = _Node()
                 self._nodes += 1
             node = following
+        self._events.learn(prompt, answer)
         if self._copies:
             self._learn_copies(answer, places, prompt)
 
@@ -198,31 +250,28 @@ class AnswerDrafts:
         for token in answer:
             node = node.after.get(token) if node else None
         guess = _Growing(alternatives=alternatives)
-        self._grow(guess, -1, node or _Node(), 1.0, ways)
+        similar = _continuing(self._events.to(prompt), 0, answer)
+        self._grow(guess, -1, _Place(node or _Node(), len(answer), similar, 1.0), ways)
         if not guess.tokens and self._copies:
             return self._from_event(answer, prompt)
         return Guess(tuple(guess.tokens), tuple(guess.follows), tuple(sorted(guess.asks)))
 
-    def _grow(self, guess: _Growing, place: int, node: _Node, likely: float, ways: Sequence[Sequence[int]]) -> None:
-        """Add what follows ``node``, which the guess holds at ``place``, the likeliest first."""
-        share = 1.0 / len(ways) if ways else 0.0
-        unseen = {way[0]: way for way in ways if way[0] not in node.after}
-        # One more visit than there was, and a share of it for each way that is known: what was seen once is not
-        # certain, and what was never seen is not impossible.
-        visits = node.visits + 1
-        following = [((one.visits + share) / visits, token) for token, one in node.after.items()]
-        following += [(share / visits, token) for token in unseen]
+    def _grow(self, guess: _Growing, at: int, place: _Place, ways: Sequence[Sequence[int]]) -> None:
+        """Add what follows ``place``, which the guess holds at ``at``, the likeliest first."""
+        unseen = {way[0]: way for way in ways if way[0] not in place.node.after}
+        chances = place.chances(ways)
         least = 1.0 / (1.0 + self._cost.fixed_tokens)  # of which not even a single token pays
-        worth = sorted((one for one in following if likely * one[0] > least), reverse=True)
+        worth = sorted(((chance, token) for token, chance in chances.items() if chance > least), reverse=True)
         for chance, token in worth if guess.alternatives else worth[:1]:
-            segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(node, token)
+            segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(place.node, token)
             if end is not None and not end.asked:
                 continue  # nothing is asked for behind it
-            if not guess.has_room(len(segment)) or not self._pays(likely * chance, len(segment)):
+            if not guess.has_room(len(segment)) or not self._pays(chance, len(segment)):
                 continue
-            last = guess.add(place, segment)
+            last = guess.add(at, segment)
             if end is not None:
-                self._grow(guess, last, end, likely * chance, ())
+                similar = _continuing(place.similar, place.length, segment)
+                self._grow(guess, last, _Place(end, place.length + len(segment), similar, chance), ())
 
     def _pays(self, likely: float, tokens: int) -> bool:
         """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing."""

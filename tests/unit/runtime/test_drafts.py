@@ -124,6 +124,41 @@ def test_what_follows_depends_on_what_was_chosen() -> None:
     assert chain(drafts, [10], [])[0] == [22, 32, 33]
 
 
+def of_two_machines() -> AnswerDrafts:
+    """One machine's events were answered one way, another's the other way, and most events were a third one's."""
+    drafts = AnswerDrafts(PassCost())
+    for number in range(60):
+        drafts.learn([10, 23, 34, 35, 43, 50], ASKED, [1, 2, 300, 301, 302, 900 + number])
+        if number % 4 == 0:
+            drafts.learn(RIGHT, ASKED, [1, 2, 100, 101, 102, 500 + number])
+            drafts.learn(OTHER, ASKED, [1, 2, 200, 201, 202, 700 + number])
+    return drafts
+
+
+def test_an_event_is_guessed_to_be_answered_as_those_that_it_is_like() -> None:
+    drafts = of_two_machines()
+    assert chain(drafts, [10], [1, 2, 100, 101, 102])[0] == RIGHT[1:4]
+    assert chain(drafts, [10], [1, 2, 200, 201, 202])[0] == OTHER[1:4]
+    assert chain(drafts, [10], [1, 2, 100, 101, 102, 501])[0] == RIGHT[1:4]
+
+
+def test_an_event_that_is_like_none_is_guessed_to_be_answered_as_usual() -> None:
+    assert chain(of_two_machines(), [10], [1, 2, 400, 401, 402])[0] == [23, 34, 35]
+
+
+def test_what_an_answer_to_a_like_event_was_does_not_count_where_the_answer_went_another_way() -> None:
+    drafts = of_two_machines()
+    assert chain(drafts, [10, 22], [1, 2, 100, 101, 102])[0] == [32, 33]
+
+
+def test_usual_answers_do_not_drown_out_those_to_like_events() -> None:
+    drafts = of_two_machines()
+    for number in range(5_000):
+        drafts.learn([10, 23, 34, 35, 43, 50], ASKED, [1, 2, 300, 301, 302, 900 + number])
+    drafts.learn(OTHER, ASKED, [1, 2, 200, 201, 202, 5])
+    assert chain(drafts, [10], [1, 2, 200, 201, 202])[0] == OTHER[1:4]
+
+
 def test_memory_of_answers_is_bounded_when_no_two_are_alike() -> None:
     drafts = AnswerDrafts(PassCost())
     for n in range(2 * MAX_NODES):
