@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from edge_agent.contract.event import Event
 from edge_agent.contract.task import TaskSpec
 from tests.bench.answer_grammars import gbnf, regex
 from tests.bench.attempts import Missing, Say, attempt
@@ -21,8 +22,8 @@ from tests.bench.decision_rows import (
     MODELS,
     OGENAI,
     OURS,
-    OURS_DRAFTS,
     OURS_INT4,
+    OURS_PLAIN,
     backlog_figures,
     engine_figures,
     own_figures,
@@ -31,7 +32,7 @@ from tests.bench.decision_rows import (
     tried_figures,
 )
 from tests.bench.decision_runs import EngineRun, Job, Turns, run_program, take_turns
-from tests.bench.decision_task import Prompt, heldout_events, plant_events, prompts
+from tests.bench.decision_task import heldout_events, plant_events, prompts, trained_decisions
 from tests.bench.figures import Figure
 from tests.bench.llama_server_decisions import (
     SETTINGS,
@@ -68,7 +69,7 @@ class DecisionSettings:
     warm: int = 4
     events: int = 24
     backlog: int = 24
-    plant_warm: int = 32
+    plant_warm: int = 64
     threads: int = 2
     with_trials: bool = True
 
@@ -90,12 +91,14 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
     tried: dict[str, float] = {}
     if isinstance(made.ours, OurBundle):
         trained = MODELS[made.name] is None
-        engines[OURS] = partial(_run_ours, made.ours, job, with_drafts=trained)
-        at_plant[OURS] = partial(_run_ours, made.ours, plant, with_drafts=trained)
+        run = partial(_run_ours, options=[] if trained else ["--dictated"])
+        engines[OURS], at_plant[OURS] = partial(run, made.ours, job), partial(run, made.ours, plant)
         if not trained:
-            engines[OURS_DRAFTS] = partial(_run_ours, made.ours, job, with_drafts=True)
+            engines[OURS_PLAIN], at_plant[OURS_PLAIN] = (
+                partial(_run_ours, made.ours, which, options=["--without-drafts"]) for which in (job, plant)
+            )
         if isinstance(made.ours_int4, OurBundle):
-            engines[OURS_INT4] = partial(_run_ours, made.ours_int4, job, with_drafts=trained)
+            engines[OURS_INT4] = partial(run, made.ours_int4, job)
             attempt(engines[OURS_INT4], say)
         # Leaves the prefix's state on the disk, where every start but a device's first finds it.
         attempt(engines[OURS], say)
@@ -128,7 +131,7 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
         *ratio_figures(made.name, turns),
         *plant_figures(made.name, plant_turns),
         *backlog_figures(made.name, turns.runs),
-        *own_figures(made.name, turns.runs.get(OURS, [])),
+        *own_figures(made.name, turns.runs),
         *engine_figures(made.name, turns.runs),
         *tried_figures(made.name, tried),
     ]
@@ -137,17 +140,22 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
 def make_job(made: DecisionContenders, settings: DecisionSettings) -> Job:
     """The same events for every engine, none twice."""
     count = settings.warm + settings.events + settings.backlog
-    found = prompts(made.task, made.checkpoint, heldout_events(count))
-    return _job(made, settings, found, settings.warm)
+    return _job(made, settings, heldout_events(count), settings.warm, count)
 
 
 def make_plant_job(made: DecisionContenders, settings: DecisionSettings) -> Job:
     """Events of a few machines that report again and again, which is what a gateway sees; none twice, nobody waits."""
-    events = plant_events(settings.plant_warm + settings.events)
-    return _job(made, settings, prompts(made.task, made.checkpoint, events), settings.plant_warm)
+    count = settings.plant_warm + settings.events
+    return _job(made, settings, plant_events(2 * count), settings.plant_warm, count)
 
 
-def _job(made: DecisionContenders, settings: DecisionSettings, found: Sequence[Prompt], warm: int) -> Job:
+def _job(made: DecisionContenders, settings: DecisionSettings, events: Sequence[Event], warm: int, count: int) -> Job:
+    found = prompts(made.task, made.checkpoint, events)[:count]
+    if len(found) < count:
+        raise ValueError(f"{count} events are wanted, {len(found)} read otherwise than any before")
+    if MODELS[made.name] is not None:  # random weights would answer nearly all of them alike
+        decisions = trained_decisions([one.event for one in found])
+        found = [replace(one, decision=decision) for one, decision in zip(found, decisions, strict=True)]
     fields = made.task.output_fields
     return Job(
         task=made.task.name,
@@ -190,14 +198,13 @@ def _job_file(job: Job) -> Path:
     return path
 
 
-def _run_ours(bundle: OurBundle, job: Job, *, with_drafts: bool) -> EngineRun:
+def _run_ours(bundle: OurBundle, job: Job, *, options: Sequence[str]) -> EngineRun:
     prefixes = CACHE / "prefixes"
     prefixes.mkdir(mode=0o700, exist_ok=True)
-    options: list[str | Path] = ["--prefix-dir", prefixes, *([] if with_drafts else ["--without-drafts"])]
     # Whose it is, is asked when a bundle is installed; a worker starts from the digest of what was.
-    options += ["--digest", bundle.verified().digest]
+    words: list[str | Path] = ["--digest", bundle.verified().digest, "--prefix-dir", prefixes, *options]
     return run_program(
-        [*python_module("tests.bench.engine_decisions", bundle.path, _job_file(job)), *options], environment()
+        [*python_module("tests.bench.engine_decisions", bundle.path, _job_file(job)), *words], environment()
     )
 
 

@@ -21,7 +21,7 @@ from tests.bench.decision_runs import EngineRun, Turns
 from tests.bench.figures import RATIO, Figure, Target, from_samples
 from tests.bench.llama_server_decisions import SLOTS
 
-OURS_DRAFTS, OURS_INT4 = "ours_drafts", "ours_int4"
+OURS_PLAIN, OURS_INT4 = "ours_without_drafts", "ours_int4"
 OURS, LLAMA, LLAMA_SLOTS, OGENAI = "ours", "llamacpp", f"llamacpp_{SLOTS}_slots", "ogenai"
 LLAMA_MAPPED, LLAMA_REMEMBERING = "llamacpp_mapped", "llamacpp_remembering"
 NOT_MADE = "one of the two could not be made"
@@ -86,7 +86,10 @@ def ratio_figures(name: str, turns: Turns) -> Iterator[Figure]:
         OGENAI,
         processor_ratio,
     )
-    for engine, slug, words in ((OURS_DRAFTS, "drafts", "our drafts on"), (OURS_INT4, "int4", "ours in four bits")):
+    for engine, slug, words in (
+        (OURS_PLAIN, "without_drafts", "ours without drafts"),
+        (OURS_INT4, "int4", "ours in four bits"),
+    ):
         other = turns.runs.get(engine)
         if other and LLAMA in turns.runs:
             samples = [corrected_ratio(their, our) for their, our in zip(turns.runs[LLAMA], other, strict=True)]
@@ -120,6 +123,7 @@ def plant_figures(name: str, turns: Turns) -> Iterator[Figure]:
     yield ratio("plant_vs_ogenai", f"{plant}onnxruntime-genai, equal output", OGENAI, corrected_ratio, target=vs_ogenai)
     for engine, words in {
         OURS: "ours",
+        OURS_PLAIN: "ours without drafts",
         LLAMA: "llama.cpp",
         LLAMA_REMEMBERING: "llama.cpp, prompts kept",
         OGENAI: "onnxruntime-genai",
@@ -159,8 +163,9 @@ def backlog_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[
         )
 
 
-def own_figures(name: str, runs: Sequence[EngineRun]) -> Iterator[Figure]:
-    """Our own, in absolute numbers."""
+def own_figures(name: str, every: Mapping[str, list[EngineRun]]) -> Iterator[Figure]:
+    """Our own, in absolute numbers; of an engine that is told its answers only where there is no other."""
+    runs = every.get(OURS_PLAIN) or every.get(OURS, [])
     targets = TARGETS.get(name)
     first_target = Target(targets.first_decision_s, "lower") if targets else None
     key, label = f"{name}.first_decision_s", f"{name}: from the process's start to the first decision"
@@ -183,7 +188,7 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
     ours = runs.get(OURS, [])
     for engine, label in {
         OURS: "ours",
-        OURS_DRAFTS: "ours with drafts",
+        OURS_PLAIN: "ours without drafts",
         OURS_INT4: "ours in four bits",
         LLAMA: "llama.cpp",
         OGENAI: "onnxruntime-genai",
@@ -206,7 +211,7 @@ def engine_figures(name: str, runs: Mapping[str, list[EngineRun]]) -> Iterator[F
             words = "processor time of a decision, all cores together"
             yield _of_runs(f"{key}_processor_ms", f"{title}, {words}", found, processor_ms, "ms")
         yield _of_runs(f"{key}_rss_mb", f"{title}, peak memory", found, lambda run: run.peak_rss_bytes / MB, "MB")
-        if engine not in {OURS, OURS_DRAFTS, OURS_INT4}:
+        if engine not in {OURS, OURS_PLAIN, OURS_INT4}:
             words = "from the process's start to the first decision"
             yield _of_runs(f"{key}_first_decision_s", f"{title}, {words}", found, lambda run: run.first_decision_s, "s")
         if engine == LLAMA and (mapped := runs.get(LLAMA_MAPPED)):

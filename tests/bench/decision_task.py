@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,7 +18,9 @@ from deploy.demo.events import EventStream
 from edge_agent.contract.event import Event
 from edge_agent.contract.task import TaskSpec, load_task
 from edge_agent.runtime.encoder import TextEncoder
+from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.prompt import event_prompt
+from edge_agent.runtime.signed_bundle import load_trusted_keys, open_signed_bundle
 from tests.bench.cache import cached, files_digest
 from tests.bench.made import HELDOUT, REFERENCE
 
@@ -31,6 +34,9 @@ component: the part to look at first; unknown if none is named.
 """
 
 
+DEADLINE_S = 60.0
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One event as every engine gets it.
@@ -39,11 +45,13 @@ class Prompt:
         event: as the machine sent it.
         text: the whole prompt, prefix included.
         ids: the same in tokens, as the device feeds them.
+        decision: what the trained reference model answers; None: nobody asked it.
     """
 
     event: Event
     text: str
     ids: list[int]
+    decision: dict[str, Any] | None = None
 
 
 def decision_task() -> Path:
@@ -76,17 +84,13 @@ def heldout_events(count: int) -> list[Event]:
 
 
 def plant_events(count: int) -> list[Event]:
-    """Events of the demo's plant, whose nine machines report again and again, but for what one repeats word by word."""
+    """Events of the demo's plant, whose nine machines report again and again."""
     plant = EventStream(seed=7)
-    found: dict[str, Event] = {}
-    while len(found) < count:
-        event = plant.next("steady")
-        found.setdefault(json.dumps({**event, "id": None}), event)
-    return list(found.values())
+    return [plant.next("steady") for _ in range(count)]
 
 
 def prompts(task: TaskSpec, checkpoint: Path, events: Sequence[Event]) -> list[Prompt]:
-    """Events as every engine reads them, none twice and none cut.
+    """Events as every engine reads them, none cut; one that reads like an earlier one is left out.
 
     Args:
         task: says how an event becomes text.
@@ -94,7 +98,7 @@ def prompts(task: TaskSpec, checkpoint: Path, events: Sequence[Event]) -> list[P
         events: as the machines sent them.
 
     Raises:
-        ValueError: the task would cut one of them, or two are one text.
+        ValueError: the task would cut one of them.
     """
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     encoder = TextEncoder(checkpoint / "tokenizer.json", config["vocab_size"])
@@ -105,10 +109,20 @@ def prompts(task: TaskSpec, checkpoint: Path, events: Sequence[Event]) -> list[P
         prompt = event_prompt(task, event, encoder.encode)
         if len(encoder.encode(task.render(event))) != len(prompt.ids):
             raise ValueError(f"the task's limit of {task.limits.max_prompt_tokens} tokens cuts {event}")
-        if text in found:
-            raise ValueError(f"comes twice: {event}")
-        found[text] = Prompt(event, text, [*prefix, *prompt.ids])
+        found.setdefault(text, Prompt(event, text, [*prefix, *prompt.ids]))
     return list(found.values())
+
+
+def trained_decisions(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """What the reference model of this repository answers.
+
+    Raises:
+        EdgeError: as `Engine.decide`.
+    """
+    bundle = open_signed_bundle(REFERENCE / "bundle", load_trusted_keys([]))
+    engine = Engine(bundle)
+    (task,) = engine.tasks
+    return [engine.decide(task, event, deadline_s=DEADLINE_S).decision for event in events]
 
 
 def load_decision_task(folder: Path) -> TaskSpec:

@@ -1,9 +1,9 @@
 """Our side: a bundle in the device's own engine, in a fresh process.
 
-    python -m tests.bench.engine_decisions BUNDLE JOB.json --digest SHA256 [--prefix-dir DIR]
+    python -m tests.bench.engine_decisions BUNDLE JOB.json --digest SHA256 [--prefix-dir DIR] [--dictated]
 
 It starts as the device's worker does: every file is hashed against the digest that was verified when the bundle was
-installed, while the interpreter imports the libraries.
+installed, while the interpreter imports the libraries. Dictated, it answers as the job says (`tests.bench.dictated`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 # Before onnxruntime is imported: its official Linux wheels report usage over the network by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -28,7 +28,6 @@ from edge_agent.runtime.worker import load_engine
 
 if TYPE_CHECKING:  # the worker's start is measured, and it imports these itself
     from edge_agent.runtime.answer import Answer
-    from edge_agent.runtime.engine import Engine
 
 DEADLINE_S = 60.0
 """Far beyond any answer: what is measured is how long it takes, not whether it is late."""
@@ -36,7 +35,23 @@ MEMORY_BYTES = 8 << 20
 _REPEATS = 20
 
 
-def answer_backlog(engine: Engine, task: str, events: Sequence[Event]) -> list[Answer]:
+class Decides(Protocol):
+    """What is measured: the engine, or one that is told what to answer."""
+
+    def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
+        """As `Engine.decide`."""
+
+    def decide_many(self, task: str, events: Sequence[Event], *, deadline_s: float) -> list[Answer | EdgeError]:
+        """As `Engine.decide_many`."""
+
+    def encode_prefix(self, task: str) -> list[int]:
+        """As `Engine.encode_prefix`."""
+
+    def encode_event(self, task: str, event: Event) -> list[int]:
+        """As `Engine.encode_event`."""
+
+
+def answer_backlog(engine: Decides, task: str, events: Sequence[Event]) -> list[Answer]:
     """Answer events that are all waiting: the one place that knows how the engine does that best.
 
     Raises:
@@ -50,7 +65,7 @@ def answer_backlog(engine: Engine, task: str, events: Sequence[Event]) -> list[A
     return answers
 
 
-def repeated_per_s(engine: Engine, task: str, events: Sequence[Event]) -> float:
+def repeated_per_s(engine: Decides, task: str, events: Sequence[Event]) -> float:
     """Decisions per second, one at a time, on events that an engine with a memory of answers has answered before."""
     for event in events:
         engine.decide(task, event, deadline_s=DEADLINE_S)
@@ -60,12 +75,11 @@ def repeated_per_s(engine: Engine, task: str, events: Sequence[Event]) -> float:
     return len(events) * _REPEATS / (time.monotonic() - started_s)
 
 
-def answer_job(bundle: Path, digest: str, job: dict[str, Any], speed: Speed, spawned_s: float) -> dict[str, Any]:
+def answer_job(load: Callable[[Speed], Decides], job: dict[str, Any], speed: Speed, spawned_s: float) -> dict[str, Any]:
     """Answer everything.
 
     Args:
-        bundle: its folder.
-        digest: of its manifest.
+        load: makes what is measured.
         job: as `tests.bench.decision_runs.Job` writes it.
         speed: the engine's levers; answers are remembered only where repeated events are measured.
         spawned_s: `time.monotonic` when this process was started.
@@ -73,7 +87,7 @@ def answer_job(bundle: Path, digest: str, job: dict[str, Any], speed: Speed, spa
     Returns:
         What `tests.bench.decision_runs.parse_run` reads.
     """
-    engine = load_engine(bundle, digest, job["threads"], speed)
+    engine = load(speed)
     task = job["task"]
     warm, measured, backlog = ([prompt["event"] for prompt in job[part]] for part in ("warm", "measured", "backlog"))
     engine.decide(task, warm[0], deadline_s=DEADLINE_S)
@@ -87,7 +101,7 @@ def answer_job(bundle: Path, digest: str, job: dict[str, Any], speed: Speed, spa
     started_s = time.monotonic()
     tokens = [answer.tokens_out for answer in answer_backlog(engine, task, backlog)]
     backlog_s = time.monotonic() - started_s
-    remembering = load_engine(bundle, digest, job["threads"], replace(speed, decision_cache_bytes=MEMORY_BYTES))
+    remembering = load(replace(speed, decision_cache_bytes=MEMORY_BYTES))
     prefix = engine.encode_prefix(task)
     prompts = [prompt for part in ("warm", "measured", "backlog") for prompt in job[part]]
     return {
@@ -121,11 +135,22 @@ def main() -> int:
     parser.add_argument("--digest", required=True, help="of the bundle's manifest")
     parser.add_argument("--prefix-dir", type=Path, help="keep the prefixes' states there, as the device does")
     parser.add_argument("--without-drafts", action="store_true")
+    parser.add_argument("--dictated", action="store_true", help="answer as the job's decisions have it")
     parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
     arguments = parser.parse_args()
     job = json.loads(arguments.job.read_text("utf-8"))
     speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts, large_pages=True)
-    print(json.dumps(answer_job(arguments.bundle, arguments.digest, job, speed, arguments.spawned_at)))
+    bundle, digest, threads = arguments.bundle, arguments.digest, job["threads"]
+
+    def load(speed: Speed) -> Decides:
+        if not arguments.dictated:
+            return load_engine(bundle, digest, threads, speed)
+        from tests.bench.dictated import DictatedEngine, key_of
+
+        prompts = [prompt for part in ("warm", "measured", "backlog") for prompt in job[part]]
+        return DictatedEngine(bundle, digest, threads, speed, {key_of(p["event"]): p["decision"] for p in prompts})
+
+    print(json.dumps(answer_job(load, job, speed, arguments.spawned_at)))
     return 0
 
 
