@@ -26,6 +26,11 @@ _USUAL = 64.0
 """Answers that what was answered to any event counts for, however often that was: it must not drown out the next."""
 _SIMILAR = 200.0
 """Answers that the answer to an event of the very same tokens counts for."""
+_STEPS = 6
+_DOUBT = 4.0
+"""Outcomes that a chance by itself counts for."""
+_SLIGHT = 0.15
+"""Chances below are not followed up."""
 _FEWEST_PASSES = 8
 _INITIAL_FIXED_TOKENS = 12.0
 
@@ -137,6 +142,25 @@ def _until_asked(node: _Node, token: int) -> tuple[list[int], _Node]:
     return segment, node
 
 
+class Trust:
+    """How often what was taken to be so likely came true: a memory of a few answers takes too much for certain."""
+
+    def __init__(self) -> None:
+        self._true = [0.0] * _STEPS
+        self._seen = [0.0] * _STEPS
+
+    def learn(self, chance: float, *, is_true: bool) -> None:
+        """Take into account what became of a chance, 0 to 1."""
+        step = min(int(chance * _STEPS), _STEPS - 1)
+        self._true[step] = self._true[step] * _DECAY + is_true
+        self._seen[step] = self._seen[step] * _DECAY + 1.0
+
+    def of(self, chance: float) -> float:
+        """What a chance is worth; itself, where little is known of such ones."""
+        step = min(int(chance * _STEPS), _STEPS - 1)
+        return (self._true[step] + _DOUBT * chance) / (self._seen[step] + _DOUBT)
+
+
 @dataclass(slots=True)
 class _Place:
     """Where a guess may go on.
@@ -153,8 +177,8 @@ class _Place:
     similar: Similar
     likely: float
 
-    def chances(self, ways: Sequence[Sequence[int]]) -> dict[int, float]:
-        """The chance that the answer comes to each token that may follow.
+    def chances(self, ways: Sequence[Sequence[int]] = ()) -> dict[int, float]:
+        """The chance of each token that may follow, once the answer has come here.
 
         Args:
             ways: that are known to be possible.
@@ -172,7 +196,7 @@ class _Place:
             if self.length < len(answer) and answer[self.length] in self.node.after:
                 counts[answer[self.length]] += _SIMILAR * likeness
                 whole += _SIMILAR * likeness
-        return {token: self.likely * count / whole for token, count in counts.items()}
+        return {token: count / whole for token, count in counts.items()}
 
 
 def _continuing(similar: Similar, length: int, segment: Sequence[int]) -> Similar:
@@ -197,6 +221,7 @@ class AnswerDrafts:
         self._root = _Node()
         self._nodes = 1
         self._events = SimilarEvents()
+        self._trust = Trust()
         self._copied = self._copied_right = 1.0
 
     @property
@@ -217,6 +242,7 @@ class AnswerDrafts:
         if self._nodes > MAX_NODES:
             self._halve()
         places = frozenset(asked)
+        self._learn_trust(answer, places, prompt)
         node = self._root
         for length in range(len(answer) + 1):
             node.visits += 1
@@ -259,9 +285,9 @@ class AnswerDrafts:
     def _grow(self, guess: _Growing, at: int, place: _Place, ways: Sequence[Sequence[int]]) -> None:
         """Add what follows ``place``, which the guess holds at ``at``, the likeliest first."""
         unseen = {way[0]: way for way in ways if way[0] not in place.node.after}
-        chances = place.chances(ways)
         least = 1.0 / (1.0 + self._cost.fixed_tokens)  # of which not even a single token pays
-        worth = sorted(((chance, token) for token, chance in chances.items() if chance > least), reverse=True)
+        chances = ((place.likely * self._trust.of(one), token) for token, one in place.chances(ways).items())
+        worth = sorted((one for one in chances if one[0] > least), reverse=True)
         for chance, token in worth if guess.alternatives else worth[:1]:
             segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(place.node, token)
             if end is not None and not end.asked:
@@ -284,6 +310,19 @@ class AnswerDrafts:
             return NOTHING
         places = range(len(copied))
         return Guess(tuple(copied), tuple(place - 1 for place in places), tuple(places))
+
+    def _learn_trust(self, answer: Sequence[int], asked: frozenset[int], prompt: Sequence[int]) -> None:
+        # What would have been guessed at every choice, whether it was guessed there or not.
+        node, similar = self._root, self._events.to(prompt)
+        for length, token in enumerate(answer):
+            if length in asked:
+                for following, chance in _Place(node, length, similar, 1.0).chances().items():
+                    if chance > _SLIGHT:
+                        self._trust.learn(chance, is_true=following == token)
+            if token not in node.after:
+                return
+            similar = _continuing(similar, length, [token])
+            node = node.after[token]
 
     def _learn_copies(self, answer: Sequence[int], asked: frozenset[int], prompt: Sequence[int]) -> None:
         # Counted over every place where a word was chosen, whether it was proposed there or not.

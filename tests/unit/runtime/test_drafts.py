@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_agent.runtime.drafts import MAX_DRAFT_SCORES, MAX_DRAFT_TOKENS, MAX_NODES, AnswerDrafts, PassCost
+from edge_agent.runtime.drafts import MAX_DRAFT_SCORES, MAX_DRAFT_TOKENS, MAX_NODES, AnswerDrafts, PassCost, Trust
 
 # Two fields: scores are asked for after the opening (1 token) and after the first value with what it forces (4 tokens).
 RIGHT = [10, 21, 30, 31, 41, 50]
@@ -157,6 +157,27 @@ def test_usual_answers_do_not_drown_out_those_to_like_events() -> None:
         drafts.learn([10, 23, 34, 35, 43, 50], ASKED, [1, 2, 300, 301, 302, 900 + number])
     drafts.learn(OTHER, ASKED, [1, 2, 200, 201, 202, 5])
     assert chain(drafts, [10], [1, 2, 200, 201, 202])[0] == OTHER[1:4]
+
+
+def test_guesses_that_keep_failing_are_made_no_more_though_the_memory_is_sure_of_them() -> None:
+    # Events of five kinds, and no answer is ever given twice: what was answered to the same event looks certain.
+    drafts = AnswerDrafts(PassCost())
+    for number in range(60):
+        kind = number % 5
+        drafts.learn([10, 100 + number, 30, 31, 41, 50], ASKED, [1, 2, 300 + kind, 400 + kind])
+    assert chain(drafts, [10], [1, 2, 300, 400]) == ([], [])
+
+
+def test_a_chance_is_worth_what_such_chances_came_to() -> None:
+    trust = Trust()
+    assert trust.of(0.9) == pytest.approx(0.9)
+    for number in range(400):
+        trust.learn(0.9, is_true=number % 2 == 0)
+    assert trust.of(0.9) == pytest.approx(0.5, abs=0.05)
+    assert trust.of(0.3) == pytest.approx(0.3), "of others nothing is known"
+    for _ in range(200):
+        trust.learn(0.9, is_true=True)
+    assert trust.of(1.0) > 0.95, "what was long ago counts no more"
 
 
 def test_memory_of_answers_is_bounded_when_no_two_are_alike() -> None:
