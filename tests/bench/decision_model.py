@@ -60,7 +60,7 @@ class DecisionSettings:
         warm: events of a process that are not measured.
         events: that are answered one at a time.
         backlog: that are all waiting.
-        plant_warm: events of a plant that are not measured, so that its machines are known.
+        history: events that ours has answered before, as a device has; no peer learns from more than the last one.
         threads: of every engine.
         with_trials: whether llama-server's settings are tried; without, it gets the first.
     """
@@ -69,7 +69,7 @@ class DecisionSettings:
     warm: int = 4
     events: int = 24
     backlog: int = 24
-    plant_warm: int = 64
+    history: int = 256
     threads: int = 2
     with_trials: bool = True
 
@@ -91,17 +91,18 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
     tried: dict[str, float] = {}
     if isinstance(made.ours, OurBundle):
         trained = MODELS[made.name] is None
-        run = partial(_run_ours, options=[] if trained else ["--dictated"])
+        run = partial(_run_ours, options=["--with-history", *([] if trained else ["--dictated"])])
+        plain = ["--without-drafts"]
         engines[OURS], at_plant[OURS] = partial(run, made.ours, job), partial(run, made.ours, plant)
         if not trained:
-            engines[OURS_PLAIN], at_plant[OURS_PLAIN] = (
-                partial(_run_ours, made.ours, which, options=["--without-drafts"]) for which in (job, plant)
-            )
+            engines[OURS_PLAIN] = partial(_run_ours, made.ours, job, options=plain)
+            at_plant[OURS_PLAIN] = partial(_run_ours, made.ours, plant, options=[*plain, "--with-history"])
         if isinstance(made.ours_int4, OurBundle):
-            engines[OURS_INT4] = partial(run, made.ours_int4, job)
-            attempt(engines[OURS_INT4], say)
+            engines[OURS_INT4] = partial(_run_ours, made.ours_int4, job, options=plain)
         # Leaves the prefix's state on the disk, where every start but a device's first finds it.
-        attempt(engines[OURS], say)
+        for bundle in (made.ours, made.ours_int4):
+            if isinstance(bundle, OurBundle):
+                attempt(partial(_run_ours, bundle, few_events(job), options=plain), say)
     if isinstance(made.llama, LlamaServer):
         peer = made.llama
         found: tuple[Setting, dict[str, float]] | Missing = (SETTINGS[0], {})
@@ -139,18 +140,22 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
 
 def make_job(made: DecisionContenders, settings: DecisionSettings) -> Job:
     """The same events for every engine, none twice."""
-    count = settings.warm + settings.events + settings.backlog
-    return _job(made, settings, heldout_events(count), settings.warm, count)
+    return _job(made, settings, heldout_events, settings.backlog)
 
 
 def make_plant_job(made: DecisionContenders, settings: DecisionSettings) -> Job:
     """Events of a few machines that report again and again, which is what a gateway sees; none twice, nobody waits."""
-    count = settings.plant_warm + settings.events
-    return _job(made, settings, plant_events(2 * count), settings.plant_warm, count)
+    return _job(made, settings, plant_events, 0)
 
 
-def _job(made: DecisionContenders, settings: DecisionSettings, events: Sequence[Event], warm: int, count: int) -> Job:
-    found = prompts(made.task, made.checkpoint, events)[:count]
+def _job(
+    made: DecisionContenders, settings: DecisionSettings, stream: Callable[[int], list[Event]], backlog: int
+) -> Job:
+    warm_end = settings.warm
+    measured_end = warm_end + settings.events
+    backlog_end = measured_end + backlog
+    count = backlog_end + settings.history
+    found = prompts(made.task, made.checkpoint, stream(2 * count))[:count]
     if len(found) < count:
         raise ValueError(f"{count} events are wanted, {len(found)} read otherwise than any before")
     if MODELS[made.name] is not None:  # random weights would answer nearly all of them alike
@@ -159,9 +164,10 @@ def _job(made: DecisionContenders, settings: DecisionSettings, events: Sequence[
     fields = made.task.output_fields
     return Job(
         task=made.task.name,
-        warm=found[:warm],
-        measured=found[warm : warm + settings.events],
-        backlog=found[warm + settings.events :],
+        warm=found[:warm_end],
+        measured=found[warm_end:measured_end],
+        backlog=found[measured_end:backlog_end],
+        history=found[backlog_end:],
         prefix_tokens=_shared_tokens([prompt.ids for prompt in found]),
         max_answer_tokens=MAX_ANSWER_TOKENS,
         gbnf=gbnf(fields),

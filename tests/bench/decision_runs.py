@@ -27,6 +27,7 @@ class Job:
         warm: events that are answered first and not measured.
         measured: events that are answered one at a time.
         backlog: events that are all waiting.
+        history: events that an engine which learns from events has answered before.
         prefix_tokens: tokens that all prompts begin with.
         max_answer_tokens: after which an engine has lost its way.
         gbnf: the answer's grammar for llama.cpp.
@@ -38,6 +39,7 @@ class Job:
     warm: Sequence[Prompt]
     measured: Sequence[Prompt]
     backlog: Sequence[Prompt]
+    history: Sequence[Prompt]
     prefix_tokens: int
     max_answer_tokens: int
     gbnf: str

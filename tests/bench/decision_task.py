@@ -72,15 +72,8 @@ def with_long_prefix(reference: str) -> str:
 
 
 def heldout_events(count: int) -> list[Event]:
-    """The first held-out events, in file order, each of another machine.
-
-    Raises:
-        ValueError: there are not so many.
-    """
-    lines = HELDOUT.read_text("utf-8").splitlines()
-    if count > len(lines):
-        raise ValueError(f"{count} events are wanted, there are {len(lines)}")
-    return [json.loads(line)["event"] for line in lines[:count]]
+    """The first held-out events, in file order, each of another machine; fewer where there are not so many."""
+    return [json.loads(line)["event"] for line in HELDOUT.read_text("utf-8").splitlines()[:count]]
 
 
 def plant_events(count: int) -> list[Event]:

@@ -92,7 +92,7 @@ def answer_job(load: Callable[[Speed], Decides], job: dict[str, Any], speed: Spe
     warm, measured, backlog = ([prompt["event"] for prompt in job[part]] for part in ("warm", "measured", "backlog"))
     engine.decide(task, warm[0], deadline_s=DEADLINE_S)
     first_decision_s = time.monotonic() - spawned_s
-    for event in warm[1:]:
+    for event in [prompt["event"] for prompt in job["history"]] + warm[1:]:
         engine.decide(task, event, deadline_s=DEADLINE_S)
     processor_before_s = time.process_time()
     answers = [engine.decide(task, event, deadline_s=DEADLINE_S) for event in measured]
@@ -135,11 +135,14 @@ def main() -> int:
     parser.add_argument("--digest", required=True, help="of the bundle's manifest")
     parser.add_argument("--prefix-dir", type=Path, help="keep the prefixes' states there, as the device does")
     parser.add_argument("--without-drafts", action="store_true")
+    parser.add_argument("--with-history", action="store_true", help="answer the job's history first")
     parser.add_argument("--dictated", action="store_true", help="answer as the job's decisions have it")
     parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
     arguments = parser.parse_args()
     job = json.loads(arguments.job.read_text("utf-8"))
     speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts, large_pages=True)
+    if not arguments.with_history:
+        job["history"] = []
     bundle, digest, threads = arguments.bundle, arguments.digest, job["threads"]
 
     def load(speed: Speed) -> Decides:
@@ -147,7 +150,7 @@ def main() -> int:
             return load_engine(bundle, digest, threads, speed)
         from tests.bench.dictated import DictatedEngine, key_of
 
-        prompts = [prompt for part in ("warm", "measured", "backlog") for prompt in job[part]]
+        prompts = [prompt for part in ("history", "warm", "measured", "backlog") for prompt in job[part]]
         return DictatedEngine(bundle, digest, threads, speed, {key_of(p["event"]): p["decision"] for p in prompts})
 
     print(json.dumps(answer_job(load, job, speed, arguments.spawned_at)))

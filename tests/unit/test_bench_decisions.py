@@ -275,7 +275,7 @@ def test_answers_survive_the_way_between_processes() -> None:
 
 def test_the_job_leaves_room_for_the_longest_prompt_and_answer() -> None:
     short, long = Prompt({"text": "a"}, "a", [1]), Prompt({"text": "b"}, "b", [1] * 9)
-    job = Job("triage", [short], [short], [long], 1, 100, "root", "re", 2)
+    job = Job("triage", [short], [short], [long], [], 1, 100, "root", "re", 2)
     assert json.loads(job.as_json())["context_tokens"] == 109
     assert json.loads(job.as_json())["backlog"][0]["event"] == {"text": "b"}
 

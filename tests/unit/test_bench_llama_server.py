@@ -67,7 +67,7 @@ def prompt(text: str) -> Prompt:
 
 
 JOB = Job(
-    "t", [prompt(c) for c in "abcd"], [prompt("e"), prompt("f")], [prompt("g"), prompt("h")], 0, 32, "root", "", 1
+    "t", [prompt(c) for c in "abcd"], [prompt("e"), prompt("f")], [prompt("g"), prompt("h")], [], 0, 32, "root", "", 1
 )
 
 
