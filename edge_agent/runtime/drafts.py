@@ -110,10 +110,14 @@ class _Growing:
 
     Args:
         alternatives: whether tokens may follow the same one.
+        fixed_tokens: tokens that cost as much as the fixed part of a pass.
     """
 
-    def __init__(self, *, alternatives: bool) -> None:
+    def __init__(self, *, alternatives: bool, fixed_tokens: float) -> None:
         self.alternatives = alternatives
+        self.fixed_tokens = fixed_tokens
+        self.least_chance = 1.0 / (1.0 + fixed_tokens)  # of which not even a single token pays
+        self._in_line = 0
         self.tokens: list[int] = []
         self.follows: list[int] = []
         self.asks: list[int] = []
@@ -122,8 +126,14 @@ class _Growing:
         """Whether so many more tokens, and a place where scores are asked for, are within the limits."""
         return len(self.tokens) + tokens <= MAX_DRAFT_TOKENS and len(self.asks) < MAX_DRAFT_SCORES
 
+    def goes_on_at(self, place: int) -> bool:
+        """Whether what follows the token at ``place`` would lie where it lies without a guess beside it."""
+        return place + 1 == self._in_line == len(self.tokens)
+
     def add(self, place: int, segment: Sequence[int]) -> int:
         """Let ``segment`` follow the token at ``place``; returns the place of its last token."""
+        if self.goes_on_at(place):
+            self._in_line += len(segment)
         for token in segment:
             self.tokens.append(token)
             self.follows.append(place)
@@ -137,7 +147,8 @@ def _until_asked(node: _Node, token: int) -> tuple[list[int], _Node]:
     segment = [token]
     node = node.after[token]
     while not node.asked and node.after:
-        token, node = max(node.after.items(), key=lambda item: item[1].visits)
+        ways = node.after.items()
+        token, node = next(iter(ways)) if len(ways) == 1 else max(ways, key=lambda item: item[1].visits)
         segment.append(token)
     return segment, node
 
@@ -275,7 +286,7 @@ class AnswerDrafts:
         node: _Node | None = self._root
         for token in answer:
             node = node.after.get(token) if node else None
-        guess = _Growing(alternatives=alternatives)
+        guess = _Growing(alternatives=alternatives, fixed_tokens=self._cost.fixed_tokens)
         similar = _continuing(self._events.to(prompt), 0, answer)
         self._grow(guess, -1, _Place(node or _Node(), len(answer), similar, 1.0), ways)
         if not guess.tokens and self._copies:
@@ -285,28 +296,33 @@ class AnswerDrafts:
     def _grow(self, guess: _Growing, at: int, place: _Place, ways: Sequence[Sequence[int]]) -> None:
         """Add what follows ``place``, which the guess holds at ``at``, the likeliest first."""
         unseen = {way[0]: way for way in ways if way[0] not in place.node.after}
-        least = 1.0 / (1.0 + self._cost.fixed_tokens)  # of which not even a single token pays
         chances = ((place.likely * self._trust.of(one), token) for token, one in place.chances(ways).items())
-        worth = sorted((one for one in chances if one[0] > least), reverse=True)
+        worth = sorted((one for one in chances if one[0] > guess.least_chance), reverse=True)
         for chance, token in worth if guess.alternatives else worth[:1]:
             segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(place.node, token)
             if end is not None and not end.asked:
                 continue  # nothing is asked for behind it
-            if not guess.has_room(len(segment)) or not self._pays(chance, len(segment)):
+            if not guess.has_room(len(segment)) or not self._pays(guess, at, chance, len(segment)):
                 continue
             last = guess.add(at, segment)
             if end is not None:
                 similar = _continuing(place.similar, place.length, segment)
                 self._grow(guess, last, _Place(end, place.length + len(segment), similar, chance), ())
 
-    def _pays(self, likely: float, tokens: int) -> bool:
-        """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing."""
-        return likely * self._cost.fixed_tokens > (1.0 - likely) * tokens
+    def _pays(self, guess: _Growing, at: int, likely: float, tokens: int) -> bool:
+        """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing.
+
+        Behind another guess they are run again even when it was right. Of ways that nobody has taken yet none is
+        likelier, though: both are tried, lest the one that is not be the usual one.
+        """
+        wasted = 1.0 if self._remembers and not guess.goes_on_at(at) else 1.0 - likely
+        return likely * guess.fixed_tokens > wasted * tokens
 
     def _from_event(self, answer: Sequence[int], prompt: Sequence[int]) -> Guess:
         """The words that follow in the event where the answer's last words stand (prompt lookup decoding)."""
         copied = _continuation(answer, prompt)
-        if not copied or not self._pays(self._copied_right / self._copied, 1):
+        right = self._copied_right / self._copied
+        if not copied or right * self._cost.fixed_tokens <= 1.0 - right:
             return NOTHING
         places = range(len(copied))
         return Guess(tuple(copied), tuple(place - 1 for place in places), tuple(places))
