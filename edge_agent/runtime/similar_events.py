@@ -11,7 +11,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 MAX_EVENTS = 128
-"""Events that are remembered, the latest: some 4 KB each."""
+"""Events that are remembered, the latest: some 5 KB each."""
+MAX_TOKENS = 128
+"""Tokens of an event that are looked at, the first: what stays the same of a machine's events stands there."""
 MOST_SIMILAR = 16
 """Earlier events that are told: others add little."""
 _SHARPNESS = 8
@@ -55,7 +57,7 @@ class SimilarEvents:
                 numbers.discard(oldest)
                 if not numbers:
                     del self._numbers[token]
-        distinct = tuple(set(event))
+        distinct = tuple(set(event[:MAX_TOKENS]))
         for token in distinct:
             self._numbers.setdefault(token, set()).add(self._next)
         self._answers[self._next] = (distinct, tuple(answer))
@@ -68,7 +70,7 @@ class SimilarEvents:
         Args:
             event: token ids.
         """
-        asked = tuple(event)
+        asked = tuple(event[:MAX_TOKENS])
         if self._last[0] != asked:  # every pass of an answer asks again
             self._last = (asked, self._similar(asked))
         return self._last[1]
@@ -85,8 +87,6 @@ class SimilarEvents:
             whole += weight if having else _NEW * weight
             for number in having:
                 shared[number] = shared.get(number, 0.0) + weight
-        found = [
-            (number, (sum_ / whole) ** _SHARPNESS) for number, sum_ in shared.items() if sum_ > _LEAST_SHARE * whole
-        ]
-        found.sort(key=lambda one: one[1], reverse=True)
-        return tuple((likeness, self._answers[number][1]) for number, likeness in found[:MOST_SIMILAR])
+        alike = [(weight / whole, number) for number, weight in shared.items() if weight > _LEAST_SHARE * whole]
+        alike.sort(reverse=True)
+        return tuple((share**_SHARPNESS, self._answers[number][1]) for share, number in alike[:MOST_SIMILAR])

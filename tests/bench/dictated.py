@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 # Before onnxruntime is imported: its official Linux wheels report usage over the network by default.
@@ -22,12 +21,11 @@ import numpy as np
 from edge_agent.contract.event import Event
 from edge_agent.errors import EdgeError
 from edge_agent.runtime.answer import Answer
-from edge_agent.runtime.bundle import VerifiedBundle, open_installed_bundle
+from edge_agent.runtime.bundle import VerifiedBundle
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.grammar import AnswerPlan, Branch, ClosedField, Done, Tokens
 from edge_agent.runtime.head_rows import HeadRows, read_head_rows
 from edge_agent.runtime.kv_cache import Adapter, KvCache, Logits, RowPass
-from edge_agent.runtime.large_pages import keep_on_heap
 from edge_agent.runtime.loading import load_model
 from edge_agent.runtime.prefix_store import PrefixStore
 from edge_agent.runtime.session import ModelSession
@@ -108,25 +106,25 @@ class DictatedEngine:
     """An engine that answers every event as it is told.
 
     Args:
-        bundle: its folder.
-        digest: of its manifest.
+        bundle: verified.
         threads: intra-op threads.
         speed: the engine's levers.
         decisions: event, as `key_of` names it -> what is to be answered.
+
+    Attributes:
+        engine: what answers, untold.
     """
 
     def __init__(
-        self, bundle: Path, digest: str, threads: int, speed: Speed, decisions: Mapping[str, Mapping[str, Any]]
+        self, bundle: VerifiedBundle, threads: int, speed: Speed, decisions: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        keep_on_heap()
-        verified = open_installed_bundle(bundle, digest)
-        loaded = load_model(verified, threads, PrefixStore(speed.prefix_dir))
+        loaded = load_model(bundle, threads, PrefixStore(speed.prefix_dir))
         assert isinstance(loaded.session, ModelSession)
-        self._dictation = Dictation(_head_of(verified))
+        self._dictation = Dictation(_head_of(bundle))
         session = DictatedSession(loaded.session, self._dictation)
-        self._engine = Engine(verified, threads, speed, replace(loaded, session=session))
+        self.engine = Engine(bundle, threads, speed, replace(loaded, session=session))
         self._decisions = decisions
-        self.encode_prefix, self.encode_event = self._engine.encode_prefix, self._engine.encode_event
+        self.encode_prefix, self.encode_event = self.engine.encode_prefix, self.engine.encode_event
 
     def decide(self, task: str, event: Event, *, deadline_s: float) -> Answer:
         """As `Engine.decide`.
@@ -141,7 +139,7 @@ class DictatedEngine:
 
     def decide_many(self, task: str, events: Sequence[Event], *, deadline_s: float) -> list[Answer | EdgeError]:
         """As `Engine.decide_many`, with as many at once as the engine itself would take."""
-        prepared = self._engine.prepared(task)
+        prepared = self.engine.prepared(task)
         self._dictation.start = prepared.prefix_tokens
         found: list[Answer | EdgeError] = []
         for first in range(0, len(events), prepared.rows):
@@ -151,7 +149,7 @@ class DictatedEngine:
                 [*self.encode_event(task, event), *spelled(prepared.task.plan, decision)]
                 for event, decision in zip(group, wanted, strict=True)
             ]
-            answers = self._engine.decide_many(task, group, deadline_s=deadline_s)
+            answers = self.engine.decide_many(task, group, deadline_s=deadline_s)
             for answer, decision in zip(answers, wanted, strict=True):
                 assert isinstance(answer, EdgeError) or answer.decision == decision, "it answered something else"
             found += answers

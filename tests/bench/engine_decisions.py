@@ -148,10 +148,14 @@ def main() -> int:
     def load(speed: Speed) -> Decides:
         if not arguments.dictated:
             return load_engine(bundle, digest, threads, speed)
+        from edge_agent.runtime.bundle import open_installed_bundle
+        from edge_agent.runtime.large_pages import keep_on_heap
         from tests.bench.dictated import DictatedEngine, key_of
 
+        keep_on_heap()
         prompts = [prompt for part in ("history", "warm", "measured", "backlog") for prompt in job[part]]
-        return DictatedEngine(bundle, digest, threads, speed, {key_of(p["event"]): p["decision"] for p in prompts})
+        decisions = {key_of(prompt["event"]): prompt["decision"] for prompt in prompts}
+        return DictatedEngine(open_installed_bundle(bundle, digest), threads, speed, decisions)
 
     print(json.dumps(answer_job(load, job, speed, arguments.spawned_at)))
     return 0

@@ -5,7 +5,8 @@
 
 All forms live in one process and take turns event by event, so that a machine whose speed drifts slows all of them
 alike; figures are medians over the events. Two streams: held-out events (every one of another machine), and a simulated
-plant of nine machines, whose events begin alike.
+plant of nine machines, whose events begin alike. Forms that learn from events have answered `HISTORY` of them before;
+random weights answer as the trained model does (`tests.bench.dictated`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 # Before onnxruntime is imported: its official Linux wheels report usage over the network by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -36,13 +38,16 @@ from tests.bench.attempts import Missing
 from tests.bench.cache import ROOT
 from tests.bench.decision_contenders import OurBundle, make_own_bundles
 from tests.bench.decision_rows import MODELS
-from tests.bench.decision_task import heldout_events, plant_events
+from tests.bench.decision_task import heldout_events, plant_events, trained_decisions
+from tests.bench.dictated import DictatedEngine, key_of
 
 PAGE = ROOT / "docs" / "why-it-is-fast.md"
 DEADLINE_S = 600.0
 BACKLOG = 8
+HISTORY = 128
 Stream = Sequence[Event]
 Answer = Callable[[Stream], None]
+Decisions = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,13 @@ class Form:
         name: what it adds to the row above.
         answer: decides events.
         at_once: how many events it is given at a time.
+        learns: whether it does better with what it has seen.
     """
 
     name: str
     answer: Answer
     at_once: int = 1
+    learns: bool = False
 
 
 class OneByOne:
@@ -81,9 +88,20 @@ class OneByOne:
         return self._cache.forward(parts[-1])
 
 
-def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[Form]:
-    """The rows, from no lever to all of them."""
+def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int, decisions: Decisions | None) -> list[Form]:
+    """The rows, from no lever to all of them.
+
+    Args:
+        four, eight: the bundle in four and in eight bits.
+        threads: intra-op threads.
+        decisions: what is to be answered; None: what the model says.
+    """
     task = four.manifest.tasks[0]
+
+    def engine_of(bundle: VerifiedBundle, speed: Speed) -> Engine | DictatedEngine:
+        if decisions is None:
+            return Engine(bundle, threads, speed)
+        return DictatedEngine(bundle, threads, speed, decisions)
 
     def one_by_one(engine: Engine, *, keeps_prefix: bool) -> Answer:
         prepared, prefix = engine.prepared(task), engine.encode_prefix(task)
@@ -100,7 +118,7 @@ def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[For
 
         return answer
 
-    def fully(engine: Engine) -> Answer:
+    def fully(engine: Engine | DictatedEngine) -> Answer:
         def answer(events: Stream) -> None:
             for found in engine.decide_many(task, events, deadline_s=DEADLINE_S):
                 if isinstance(found, EdgeError):
@@ -111,25 +129,29 @@ def forms(four: VerifiedBundle, eight: VerifiedBundle, threads: int) -> list[For
     events = Speed(drafts=False, alternatives=False, together=1)
     ways = Speed(drafts=False, together=1)
     everything = Speed(together=1)
-    on_large_pages = [Engine(eight, threads, speed) for speed in (PLAIN, events, ways, everything, Speed())]
+    on_large_pages = [engine_of(eight, speed) for speed in (PLAIN, events, ways, everything, Speed())]
     gather_heap()  # what is loaded from here on lies on small pages
     plain = Engine(four, threads, PLAIN)
     return [
         Form("the whole prompt each time, a token a pass", one_by_one(plain, keeps_prefix=False)),
         Form("+ the prefix is kept", one_by_one(plain, keeps_prefix=True)),
-        Form("+ forced tokens ride along", fully(plain)),
-        Form("+ eight bits by rows", fully(Engine(eight, threads, PLAIN))),
+        Form("+ forced tokens ride along", fully(engine_of(four, PLAIN))),
+        Form("+ eight bits by rows", fully(engine_of(eight, PLAIN))),
         Form("+ the weights lie on large pages", fully(on_large_pages[0])),
-        Form("+ what events begin with is kept", fully(on_large_pages[1])),
-        Form("+ both ways of a yes or no are tried at once", fully(on_large_pages[2])),
-        Form("+ probable answers are checked in one pass", fully(on_large_pages[3])),
-        Form("+ waiting events share passes", fully(on_large_pages[4]), BACKLOG),
+        Form("+ what events begin with is kept", fully(on_large_pages[1]), learns=True),
+        Form("+ both ways of a yes or no are tried at once", fully(on_large_pages[2]), learns=True),
+        Form("+ probable answers are checked in one pass", fully(on_large_pages[3]), learns=True),
+        Form("+ waiting events share passes", fully(on_large_pages[4]), BACKLOG, learns=True),
     ]
 
 
 def measure(rows: Sequence[Form], events: Stream) -> list[list[float]]:
-    """Time of a decision, ms, of each form for each group of `BACKLOG` events; the first group is not counted."""
+    """Time of a decision, ms, of each form for each group of `BACKLOG` events; history and first group do not count."""
     taken_ms: list[list[float]] = [[] for _ in rows]
+    for form in rows:
+        if form.learns:
+            form.answer(events[:HISTORY])
+    events = events[HISTORY:]
     for first in range(0, len(events), BACKLOG):
         group = events[first : first + BACKLOG]
         for row, form in zip(taken_ms, rows, strict=True):
@@ -186,8 +208,12 @@ def main() -> int:
     options = parser.parse_args()
     keep_on_heap()  # as a worker does, or only some of the weights would be gathered
     _, _, four, eight = make_own_bundles(options.model, MODELS[options.model], print)
-    rows = forms(opened(four), opened(eight), options.threads)
-    for name, events in streams(options.events).items():
+    for name, events in streams(HISTORY + options.events).items():
+        decisions = None
+        if MODELS[options.model] is not None:
+            answers = zip(events, trained_decisions(events), strict=True)
+            decisions = {key_of(event): decision for event, decision in answers}
+        rows = forms(opened(four), opened(eight), options.threads, decisions)
         lines = table(rows, measure(rows, events))
         print("\n".join([name, *lines]))
         if options.write:
