@@ -7,11 +7,10 @@ share tells how much alike they are: a rare token tells much, and one that most 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 MAX_EVENTS = 128
-"""Events that are remembered, the latest: some 5 KB each."""
+"""Events that are remembered, the latest: some 3 KB each."""
 MAX_TOKENS = 128
 """Tokens of an event that are looked at, the first: what stays the same of a machine's events stands there."""
 MOST_SIMILAR = 16
@@ -31,17 +30,17 @@ class SimilarEvents:
     """The latest events of one task and their answers."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[int, tuple[Tokens, Tokens]] = OrderedDict()  # number -> (distinct tokens, answer)
-        self._numbers: dict[int, set[int]] = {}  # token -> numbers of the events that have it
-        self._next = 0
+        self._seen: list[tuple[Tokens, Tokens]] = []  # distinct tokens and answer, the oldest overwritten first
+        self._oldest = 0
+        self._places: dict[int, int] = {}  # token -> bit n is set where event n of `_seen` has it
         self._last: tuple[Tokens, Similar] = ((), ())
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._seen)
 
     def remembered_tokens(self) -> int:
         """Different tokens that the remembered events have."""
-        return len(self._numbers)
+        return len(self._places)
 
     def learn(self, event: Sequence[int], answer: Sequence[int]) -> None:
         """Remember an event's answer, and forget the oldest where there is no room.
@@ -50,18 +49,17 @@ class SimilarEvents:
             event: token ids.
             answer: token ids.
         """
-        if len(self._answers) == MAX_EVENTS:
-            oldest, (tokens, _) = self._answers.popitem(last=False)
-            for token in tokens:
-                numbers = self._numbers[token]
-                numbers.discard(oldest)
-                if not numbers:
-                    del self._numbers[token]
-        distinct = tuple(set(event[:MAX_TOKENS]))
-        for token in distinct:
-            self._numbers.setdefault(token, set()).add(self._next)
-        self._answers[self._next] = (distinct, tuple(answer))
-        self._next += 1
+        one = tuple(set(event[:MAX_TOKENS])), tuple(answer)
+        if len(self._seen) < MAX_EVENTS:
+            place = len(self._seen)
+            self._seen.append(one)
+        else:
+            place = self._oldest
+            self._forget(place)
+            self._seen[place] = one
+            self._oldest = (place + 1) % MAX_EVENTS
+        for token in one[0]:
+            self._places[token] = self._places.get(token, 0) | 1 << place
         self._last = ((), ())
 
     def to(self, event: Sequence[int]) -> Similar:
@@ -75,18 +73,29 @@ class SimilarEvents:
             self._last = (asked, self._similar(asked))
         return self._last[1]
 
+    def _forget(self, place: int) -> None:
+        for token in self._seen[place][0]:
+            left = self._places[token] & ~(1 << place)
+            if left:
+                self._places[token] = left
+            else:
+                del self._places[token]
+
     def _similar(self, event: Tokens) -> Similar:
-        events = len(self._answers)
+        events = len(self._seen)
         whole, shared = 0.0, dict[int, float]()
         for token in set(event):
-            having = self._numbers.get(token, ())
-            if 2 * len(having) > events:
+            having = self._places.get(token, 0)
+            count = having.bit_count()
+            if 2 * count > events:
                 continue
             # Inverse document frequency.
-            weight = math.log((events + 1) / (max(len(having), 1) + 0.5))
-            whole += weight if having else _NEW * weight
-            for number in having:
-                shared[number] = shared.get(number, 0.0) + weight
-        alike = [(weight / whole, number) for number, weight in shared.items() if weight > _LEAST_SHARE * whole]
+            weight = math.log((events + 1) / (max(count, 1) + 0.5))
+            whole += weight if count else _NEW * weight
+            while having:
+                place = having.bit_length() - 1
+                having ^= 1 << place
+                shared[place] = shared.get(place, 0.0) + weight
+        alike = [(weight / whole, place) for place, weight in shared.items() if weight > _LEAST_SHARE * whole]
         alike.sort(reverse=True)
-        return tuple((share**_SHARPNESS, self._answers[number][1]) for share, number in alike[:MOST_SIMILAR])
+        return tuple((share**_SHARPNESS, self._seen[place][1]) for share, place in alike[:MOST_SIMILAR])
