@@ -52,12 +52,16 @@ class _Stored:
         before: the stored beginning that it continues.
         segment: (2 * layers, kv_heads, tokens, head_dim).
         users: stored beginnings that continue this one.
+        uses: how often it was stored or put back.
+        rank: among those that are kept; the lowest goes first.
     """
 
     node: _Node
     before: _Stored | None
     segment: KvSegment
     users: int = 0
+    uses: int = 0
+    rank: float = 0.0
 
 
 class EventCache:
@@ -76,7 +80,8 @@ class EventCache:
         self._limit_bytes = limit_bytes
         self.stored_bytes = 0
         self._root = _Node()
-        self._stored: OrderedDict[_Stored, None] = OrderedDict()  # least recently used first
+        self._stored: dict[_Stored, None] = {}
+        self._age = 0.0
         self._events: OrderedDict[tuple[int, ...], None] = OrderedDict()
 
     def restore(self, cache: Positions, row: int, start: int, tokens: Sequence[int]) -> int:
@@ -105,7 +110,7 @@ class EventCache:
         for stored in way:
             cache.write(row, at, stored.segment)
             at += stored.segment.shape[2]
-            self._stored.move_to_end(stored)
+            self._use(stored)
         self.hit_tokens += at - start
         return at - start
 
@@ -144,10 +149,22 @@ class EventCache:
         if before is not None:
             before.users += 1
         self._stored[stored] = None
+        self._use(stored)
         self.stored_bytes += segment.nbytes
         while self.stored_bytes > self._limit_bytes:
             # What others continue stays as long as they do.
-            self._drop(next(one for one in self._stored if not one.users))
+            lowest = min((one for one in self._stored if not one.users), key=lambda one: one.rank)
+            self._age = lowest.rank
+            self._drop(lowest)
+
+    def _use(self, stored: _Stored) -> None:
+        """Rank by uses, counted from what was dropped last: what was used often stays longer, but not for ever.
+
+        Source: LFU with dynamic aging (Arlitt et al., 2000). Of what was used last alone, one plant's many rare
+        beginnings would drive out the few that most of its events have.
+        """
+        stored.uses += 1
+        stored.rank = self._age + stored.uses
 
     def _drop(self, stored: _Stored) -> None:
         del self._stored[stored]

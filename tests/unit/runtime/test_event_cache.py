@@ -77,6 +77,31 @@ def test_memory_stays_below_its_bound_and_keeps_the_newest() -> None:
     assert answer(events, rows, [2, 1, 2, 3, 4, 5, 99, 7]) == 0
 
 
+def test_what_most_events_begin_with_outlasts_many_that_few_have() -> None:
+    events, rows = EventCache(20 * SIZE), Rows()
+    press = [500, 1, 2, 3, 4, 5]
+    for turn in range(6):
+        answer(events, rows, [*press, 700 + turn, 7])
+    # Between two events of the press come five pairs that share a beginning only with each other.
+    found = []
+    for turn in range(12):
+        found.append(answer(events, rows, [*press, 600 + turn, 7]))
+        for rare in range(5):
+            for last in (8, 9):
+                answer(events, rows, [1000 + 10 * turn + rare, 1, 2, 3, 4, 5, last, 7])
+    assert found == [len(press)] * 12
+
+
+def test_what_was_usual_long_ago_makes_room_in_the_end() -> None:
+    events, rows = EventCache(12 * SIZE), Rows()
+    for turn in range(20):
+        answer(events, rows, [500, 1, 2, 3, 4, 5, 600 + turn, 7])
+    for turn in range(40):
+        for machine in (501, 502):
+            seen = answer(events, rows, [machine, 1, 2, 3, 4, 5, 600 + turn, 7])
+    assert seen == 6
+
+
 def test_a_cache_of_nothing_stores_nothing() -> None:
     events, rows = EventCache(0), Rows()
     assert [answer(events, rows, [1, 2, 3, 4, 5, 6]) for _ in range(3)] == [0, 0, 0]
