@@ -91,18 +91,19 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
     tried: dict[str, float] = {}
     if isinstance(made.ours, OurBundle):
         trained = MODELS[made.name] is None
-        run = partial(_run_ours, options=["--with-history", *([] if trained else ["--dictated"])])
-        plain = ["--without-drafts"]
-        engines[OURS], at_plant[OURS] = partial(run, made.ours, job), partial(run, made.ours, plant)
+        told = [] if trained else ["--dictated"]
+        # A history that is not asked for is not even read: it would count as memory.
+        fresh, plain = replace(job, history=()), ["--without-drafts"]
+        engines[OURS], at_plant[OURS] = (partial(_run_ours, made.ours, which, options=told) for which in (job, plant))
         if not trained:
-            engines[OURS_PLAIN] = partial(_run_ours, made.ours, job, options=plain)
-            at_plant[OURS_PLAIN] = partial(_run_ours, made.ours, plant, options=[*plain, "--with-history"])
+            engines[OURS_PLAIN] = partial(_run_ours, made.ours, fresh, options=plain)
+            at_plant[OURS_PLAIN] = partial(_run_ours, made.ours, plant, options=plain)
         if isinstance(made.ours_int4, OurBundle):
-            engines[OURS_INT4] = partial(_run_ours, made.ours_int4, job, options=plain)
+            engines[OURS_INT4] = partial(_run_ours, made.ours_int4, fresh, options=plain)
         # Leaves the prefix's state on the disk, where every start but a device's first finds it.
         for bundle in (made.ours, made.ours_int4):
             if isinstance(bundle, OurBundle):
-                attempt(partial(_run_ours, bundle, few_events(job), options=plain), say)
+                attempt(partial(_run_ours, bundle, few_events(fresh), options=plain), say)
     if isinstance(made.llama, LlamaServer):
         peer = made.llama
         found: tuple[Setting, dict[str, float]] | Missing = (SETTINGS[0], {})

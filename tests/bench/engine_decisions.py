@@ -135,14 +135,11 @@ def main() -> int:
     parser.add_argument("--digest", required=True, help="of the bundle's manifest")
     parser.add_argument("--prefix-dir", type=Path, help="keep the prefixes' states there, as the device does")
     parser.add_argument("--without-drafts", action="store_true")
-    parser.add_argument("--with-history", action="store_true", help="answer the job's history first")
     parser.add_argument("--dictated", action="store_true", help="answer as the job's decisions have it")
     parser.add_argument("--spawned-at", type=float, required=True, help="time.monotonic when this process was started")
     arguments = parser.parse_args()
     job = json.loads(arguments.job.read_text("utf-8"))
     speed = Speed(prefix_dir=arguments.prefix_dir, drafts=not arguments.without_drafts, large_pages=True)
-    if not arguments.with_history:
-        job["history"] = []
     bundle, digest, threads = arguments.bundle, arguments.digest, job["threads"]
 
     def load(speed: Speed) -> Decides:
