@@ -153,6 +153,12 @@ def _until_asked(node: _Node, token: int) -> tuple[list[int], _Node]:
     return segment, node
 
 
+def _pays(likely: float, tokens: int, fixed_tokens: float, *, runs_again: bool = False) -> bool:
+    """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing."""
+    wasted = 1.0 if runs_again else 1.0 - likely
+    return likely * fixed_tokens > wasted * tokens
+
+
 class Trust:
     """How often what was taken to be so likely came true: a memory of a few answers takes too much for certain."""
 
@@ -162,14 +168,18 @@ class Trust:
 
     def learn(self, chance: float, *, is_true: bool) -> None:
         """Take into account what became of a chance, 0 to 1."""
-        step = min(int(chance * _STEPS), _STEPS - 1)
+        step = self._step(chance)
         self._true[step] = self._true[step] * _DECAY + is_true
         self._seen[step] = self._seen[step] * _DECAY + 1.0
 
     def of(self, chance: float) -> float:
         """What a chance is worth; itself, where little is known of such ones."""
-        step = min(int(chance * _STEPS), _STEPS - 1)
+        step = self._step(chance)
         return (self._true[step] + _DOUBT * chance) / (self._seen[step] + _DOUBT)
+
+    @staticmethod
+    def _step(chance: float) -> int:
+        return min(int(chance * _STEPS), _STEPS - 1)
 
 
 @dataclass(slots=True)
@@ -302,27 +312,21 @@ class AnswerDrafts:
             segment, end = (list(unseen[token]), None) if token in unseen else _until_asked(place.node, token)
             if end is not None and not end.asked:
                 continue  # nothing is asked for behind it
-            if not guess.has_room(len(segment)) or not self._pays(guess, at, chance, len(segment)):
+            # Behind another guess it is run again even when it was right. Of ways that nobody has taken yet none is
+            # likelier, though: both are tried, lest the one that is not be the usual one.
+            runs_again = self._remembers and not guess.goes_on_at(at)
+            pays = _pays(chance, len(segment), guess.fixed_tokens, runs_again=runs_again)
+            if not pays or not guess.has_room(len(segment)):
                 continue
             last = guess.add(at, segment)
             if end is not None:
                 similar = _continuing(place.similar, place.length, segment)
                 self._grow(guess, last, _Place(end, place.length + len(segment), similar, chance), ())
 
-    def _pays(self, guess: _Growing, at: int, likely: float, tokens: int) -> bool:
-        """Whether a guess saves more than it wastes: right, it saves a pass; wrong, its tokens were for nothing.
-
-        Behind another guess they are run again even when it was right. Of ways that nobody has taken yet none is
-        likelier, though: both are tried, lest the one that is not be the usual one.
-        """
-        wasted = 1.0 if self._remembers and not guess.goes_on_at(at) else 1.0 - likely
-        return likely * guess.fixed_tokens > wasted * tokens
-
     def _from_event(self, answer: Sequence[int], prompt: Sequence[int]) -> Guess:
         """The words that follow in the event where the answer's last words stand (prompt lookup decoding)."""
         copied = _continuation(answer, prompt)
-        right = self._copied_right / self._copied
-        if not copied or right * self._cost.fixed_tokens <= 1.0 - right:
+        if not copied or not _pays(self._copied_right / self._copied, 1, self._cost.fixed_tokens):
             return NOTHING
         places = range(len(copied))
         return Guess(tuple(copied), tuple(place - 1 for place in places), tuple(places))

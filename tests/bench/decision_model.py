@@ -86,14 +86,15 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
         Its figures; what could not be measured has no value and says why.
     """
     job, plant = make_job(made, settings), make_plant_job(made, settings)
+    # A history that is not answered is not even read: it would count as memory.
+    fresh, fresh_plant = replace(job, history=()), replace(plant, history=())
     engines: dict[str, Callable[[], EngineRun]] = {}
     at_plant: dict[str, Callable[[], EngineRun]] = {}
     tried: dict[str, float] = {}
     if isinstance(made.ours, OurBundle):
         trained = MODELS[made.name] is None
         told = [] if trained else ["--dictated"]
-        # A history that is not asked for is not even read: it would count as memory.
-        fresh, plain = replace(job, history=()), ["--without-drafts"]
+        plain = ["--without-drafts"]
         engines[OURS], at_plant[OURS] = (partial(_run_ours, made.ours, which, options=told) for which in (job, plant))
         if not trained:
             engines[OURS_PLAIN] = partial(_run_ours, made.ours, fresh, options=plain)
@@ -118,8 +119,8 @@ def decision_figures(made: DecisionContenders, settings: DecisionSettings, say: 
             at_plant[LLAMA] = partial(one_at_a_time, peer, plant, best)
             at_plant[LLAMA_REMEMBERING] = partial(one_at_a_time, peer, plant, as_remembering(best))
     if isinstance(made.ogenai, Ogenai):
-        engines[OGENAI] = partial(_run_ogenai, made.ogenai, job)
-        at_plant[OGENAI] = partial(_run_ogenai, made.ogenai, plant)
+        engines[OGENAI] = partial(_run_ogenai, made.ogenai, fresh)
+        at_plant[OGENAI] = partial(_run_ogenai, made.ogenai, fresh_plant)
 
     def turns_of(what: str, contenders: dict[str, Callable[[], EngineRun]]) -> Turns:
         say(f"{made.name}: {what}, {settings.rounds} rounds")

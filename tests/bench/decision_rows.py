@@ -111,10 +111,7 @@ def plant_figures(name: str, turns: Turns) -> Iterator[Figure]:
     ours, single, remembering = (turns.runs.get(engine, []) for engine in (OURS, LLAMA, LLAMA_REMEMBERING))
     runs = dict(turns.runs)
     if ours and single and remembering:
-        runs[LLAMA] = [
-            min(ways, key=lambda run, our=our: equal_output_ms(run.answers, our.answers))  # type: ignore[misc]
-            for our, *ways in zip(ours, single, remembering, strict=True)
-        ]
+        runs[LLAMA] = [_faster(ways, our) for our, *ways in zip(ours, single, remembering, strict=True)]
     ratio = partial(_ratio, name, Turns(runs, turns.failed))
     plant = f"a plant's events, {DECISIONS}"
     yield ratio(
@@ -274,6 +271,11 @@ def _ratio(
 
 def _memory_ratio(theirs: EngineRun, ours: EngineRun) -> float:
     return ours.peak_rss_bytes / theirs.peak_rss_bytes
+
+
+def _faster(ways: Sequence[EngineRun], our: EngineRun) -> EngineRun:
+    """Of a peer's runs the faster one at equal output."""
+    return min(ways, key=lambda run: equal_output_ms(run.answers, our.answers))
 
 
 def _mean_ms(run: EngineRun) -> float:
