@@ -87,7 +87,7 @@ class ModelSpec:
     Args:
         decoder: the graph that is loaded first; in interface 2 the graph of the widest window.
         head: graph of the output head where it is apart.
-        head_ids: file of the token ids that the head has rows for: int32 little-endian, ascending. None: every token.
+        head_ids: file of the token id of each row of the head: int32 little-endian. None: every token.
         windows: static graphs, widest first; interface 2 only.
         past_tokens: positions that the static past window holds; interface 2 only.
         token_table: file of the tokenizer as the device maps it (`edge_agent.runtime.token_table`); None: it is read.

@@ -15,39 +15,40 @@ class HeadRows:
 
     Args:
         vocab_size: token ids of the tokenizer.
-        ids: token ids that the head has rows for, ascending; None: every token.
+        ids: the token id of each row, none twice; None: every token, each in its place.
+
+    Attributes:
+        whole: whether every token has the row of its own number.
 
     Raises:
-        PermanentError: ``bundle.unsupported`` when the ids are not ascending ids of the vocabulary.
+        PermanentError: ``bundle.unsupported`` when an id comes twice or is none of the vocabulary.
     """
 
     def __init__(self, vocab_size: int, ids: NDArray[np.int32] | None = None) -> None:
-        self.ids: NDArray[np.int64] = np.arange(vocab_size) if ids is None else ids.astype(np.int64)  # (rows,)
-        if not len(self.ids) or self.ids[0] < 0 or self.ids[-1] >= vocab_size or bool((np.diff(self.ids) <= 0).any()):
-            raise PermanentError("bundle.unsupported", f"the head's tokens are not ascending ids below {vocab_size}")
         self.vocab_size = vocab_size
+        self.whole = ids is None
+        self.ids: NDArray[np.int64] = np.arange(vocab_size) if ids is None else ids.astype(np.int64)  # (rows,)
+        self._rows = self.ids if ids is None else np.argsort(self.ids)  # (rows,): of the tokens in ascending order
+        self._ascending = known = self.ids if ids is None else self.ids[self._rows]
+        if not len(known) or known[0] < 0 or known[-1] >= vocab_size or bool((np.diff(known) == 0).any()):
+            raise PermanentError("bundle.unsupported", f"the head's rows are not of different tokens below {vocab_size}")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, token: int) -> bool:
-        return bool(_are_among(np.array([token]), self.ids)[0])
-
-    @property
-    def whole(self) -> bool:
-        """Whether every token can be chosen."""
-        return len(self.ids) == self.vocab_size
+        return bool(_are_among(np.array([token]), self._ascending)[0])
 
     def kept(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of ``ids`` (options,), ascending, that can be chosen."""
         if self.whole:
             return ids
-        few, many = sorted((ids, self.ids), key=len)  # in open text nearly every token may come next
+        few, many = sorted((ids, self._ascending), key=len)  # in open text nearly every token may come next
         return few[_are_among(few, many)]
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the logits that score ``ids`` (options,), all of which can be chosen."""
-        return ids if self.whole else np.searchsorted(self.ids, ids)
+        return ids if self.whole else self._rows[np.searchsorted(self._ascending, ids)]
 
 
 def _are_among(ids: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -61,7 +62,7 @@ def read_head_rows(vocab_size: int, file: Path | None) -> HeadRows:
 
     Args:
         vocab_size: token ids of the tokenizer.
-        file: int32 little-endian, ascending; None: the head is whole.
+        file: the token id of each row, int32 little-endian; None: the head is whole.
 
     Raises:
         PermanentError: ``bundle.unsupported`` or ``disk.*``.

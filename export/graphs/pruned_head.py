@@ -27,7 +27,7 @@ def prune_head(model: ModelProto, ids: npt.NDArray[np.int32]) -> None:
 
     Args:
         model: fp32 or INT4 graph with an attached head, changed in place.
-        ids: token ids to keep, int32 [rows], ascending.
+        ids: token ids to keep, int32 [rows], in the order that their rows shall have.
 
     Raises:
         PermanentError: ``export.graph_unexpected``.

@@ -33,7 +33,8 @@ class Vocabulary:
     """The tokens that a head keeps.
 
     Args:
-        ids: token ids, int32 [rows], ascending.
+        ids: token ids, int32 [rows], those first that are most frequent in the domain's texts: an embedding whose rows
+            lie in this order is read at its beginning only, and little of a mapped file becomes memory.
         byte_tokens: how many of them are kept because they stand for a byte.
         control_tokens: because they are control tokens.
         answer_tokens: because answers of the bundle's tasks are written with them.
@@ -114,12 +115,14 @@ def choose_vocabulary(
         sizes.append(len(kept))
     in_bytes, in_control, in_answers = np.diff(sizes).tolist()
     counted = Counter(token for text in read_texts(files) for token in encoder.encode(text))
-    frequent = [
-        token for token, _ in sorted(counted.items(), key=lambda item: (-item[1], item[0])) if token not in kept
-    ]
+
+    def most_frequent_first(token: int) -> tuple[int, int]:
+        return -counted[token], token
+
+    frequent = sorted(counted.keys() - kept.keys(), key=most_frequent_first)
     taken = frequent[: max(0, rows - len(kept))]
     kept.update(dict.fromkeys(taken))
-    ids = np.array(sorted(kept), np.int32)
+    ids = np.array(sorted(kept, key=most_frequent_first), np.int32)
     return Vocabulary(ids, in_bytes, in_control, in_answers, len(taken), len(frequent) - len(taken))
 
 

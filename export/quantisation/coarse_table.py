@@ -31,7 +31,7 @@ def coarsen_table(model: ModelProto, ids: npt.NDArray[np.int32]) -> None:
     Args:
         model: INT4 graph with an attached head, scales still float32; changed in place. Takes the place of
             `export.graphs.pruned_head.prune_head`.
-        ids: token ids that the head keeps, int32 [rows], ascending.
+        ids: token ids that the head keeps, int32 [rows], in the order that their rows shall have.
 
     Raises:
         PermanentError: ``export.graph_unexpected`` when the head is not packed or shares no table with the embedding.

@@ -165,7 +165,7 @@ def _material(checkpoint: Checkpoint, rows: int) -> Material:
     vocabulary = choose_vocabulary(checkpoint, [HELDOUT], tasks, rows)
     # Random weights come with a tokenizer that has learnt few words: speed wants the number of rows all the same.
     others = np.setdiff1d(np.arange(checkpoint.vocab_size, dtype=np.int32), vocabulary.ids)
-    kept = np.sort(np.concatenate([vocabulary.ids, others[: max(0, rows - len(vocabulary.ids))]])).astype(np.int32)
+    kept = np.concatenate([vocabulary.ids, others[: max(0, rows - len(vocabulary.ids))]])
     texts = TaskTexts(checkpoint, tasks).golden(24)
     return Material(kept, [[*prompt, *answer] for prompt, answer in texts])
 

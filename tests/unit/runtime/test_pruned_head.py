@@ -212,6 +212,15 @@ def test_whole_head_is_no_detour() -> None:
     assert [token in some for token in (3, 4)] == [False, True]
 
 
+@pytest.mark.parametrize("count", [3, VOCAB])
+def test_rows_may_lie_in_any_order(count: int) -> None:
+    ids = np.random.default_rng(5).permutation(VOCAB)[:count].astype(np.int32)
+    head = HeadRows(VOCAB, ids)
+    assert head.rows(np.sort(ids)).tolist() == [ids.tolist().index(token) for token in sorted(ids)]
+    assert head.kept(np.arange(VOCAB)).tolist() == sorted(ids)
+    assert all(token in head for token in ids.tolist())
+
+
 def test_file_of_head_ids_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"head_ids\.bin"):
         read_head_rows(VOCAB, tmp_path / "head_ids.bin")
