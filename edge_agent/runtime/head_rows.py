@@ -31,7 +31,7 @@ class HeadRows:
         self._rows = self.ids if ids is None else np.argsort(self.ids)  # (rows,): of the tokens in ascending order
         self._ascending = known = self.ids if ids is None else self.ids[self._rows]
         if not len(known) or known[0] < 0 or known[-1] >= vocab_size or bool((np.diff(known) == 0).any()):
-            raise PermanentError("bundle.unsupported", f"the head's rows are not of different tokens below {vocab_size}")
+            raise PermanentError("bundle.unsupported", f"the head's rows are no different tokens below {vocab_size}")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -9,6 +9,7 @@ installed, while the interpreter imports the libraries. Dictated, it answers as 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -152,7 +153,9 @@ def main() -> int:
         keep_on_heap()
         prompts = [prompt for part in ("history", "warm", "measured", "backlog") for prompt in job[part]]
         decisions = {key_of(prompt["event"]): prompt["decision"] for prompt in prompts}
-        return DictatedEngine(open_installed_bundle(bundle, digest), threads, speed, decisions)
+        engine = DictatedEngine(open_installed_bundle(bundle, digest), threads, speed, decisions)
+        gc.freeze()
+        return engine
 
     print(json.dumps(answer_job(load, job, speed, arguments.spawned_at)))
     return 0

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -248,3 +250,22 @@ def test_rows_of_a_batch_hold_the_same_prefix(opened: Callable[[Speed], Engine])
     assert isinstance(cache, KvCache)
     states = [cache.read(row, 0, cache.length) for row in range(3)]
     assert all(np.array_equal(states[0], other) for other in states[1:])
+
+
+LOADED = """
+import gc, sys
+from pathlib import Path
+from edge_agent.runtime.speed import PLAIN
+from edge_agent.runtime.worker import load_engine
+engine = load_engine(Path(sys.argv[1]), sys.argv[2], 1, PLAIN)
+print(len(gc.get_objects()), gc.get_freeze_count())
+"""
+
+
+def test_what_is_loaded_is_not_looked_through_for_garbage_between_events(
+    reference_bundle: Path, reference_digest: str
+) -> None:
+    command = [sys.executable, "-c", LOADED, str(reference_bundle), reference_digest]
+    watched, loaded = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split())
+    assert loaded > 10_000
+    assert watched < 1_000
