@@ -12,6 +12,7 @@ from edge_agent.contract.dsse import generate_key
 from edge_agent.contract.manifest import read_manifest
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 from tests.fakes.brokers import BrokerProcess, mosquitto, running
 from tests.fakes.bundles import BundleVariant
@@ -62,3 +63,12 @@ def peer(broker: BrokerProcess) -> Iterator[Peer]:
     one = Peer(broker.port, DECISIONS, f"{TOPICS.base}/#")
     yield one
     one.close()
+
+
+@pytest.fixture
+def real_worker(
+    reference_bundle: Path, reference_digest: str, worker_settings: WorkerSettings
+) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(reference_bundle, reference_digest, worker_settings, grace_s=0.3)
+    yield worker
+    worker.stop()

@@ -21,6 +21,7 @@ from export.progress import QuietProgress
 from export.proof.greedy import GreedyDecoder
 from export.quantisation.quantize import QuantSettings
 from export.request import BuildRequest, Identity, Measurement
+from tests.export.adapters import make_adapter
 
 TINY: dict[str, Any] = {
     "hidden_size": 128,
@@ -145,3 +146,19 @@ def change_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]],
     weights = load_file(file)
     change(weights)
     save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "expert", llama)
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two tasks that differ in nothing but their names."""
+    folders = []
+    for name in ("sort", "expert"):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "task.yaml").write_text(TASK.replace("name: sort", f"name: {name}"))
+        folders.append(folder)
+    return folders[0], folders[1]

@@ -15,7 +15,7 @@ from edge_agent.update.transport import open_transport
 from edge_agent.update.trust import TrustedRelease, find_release
 from edge_agent.update.trust_process import Request
 from edge_agent.update.updater import Updater
-from tests.fakes.release_simulator import TARGET, ReleaseSimulator
+from tests.fakes.release_simulator import TARGET, Published, ReleaseSimulator
 from tests.fakes.static_server import StaticServer
 from tests.fakes.update_ports import FakeClock, FakePorts
 
@@ -82,6 +82,10 @@ class Device:
         return None if active is None else active.manifest.version
 
 
+def publish(device: Device, version: str, model: bytes | None = None) -> Published:
+    return device.simulator.publish("triage", version, {"model/decoder.onnx": model or version.encode() * 5000})
+
+
 @pytest.fixture
 def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Memory where there is some: these tests fsync thousands of times, and none of them can lose power for real."""
@@ -107,3 +111,14 @@ def server(simulator: ReleaseSimulator) -> Iterator[StaticServer]:
 @pytest.fixture
 def device(tmp_path: Path, simulator: ReleaseSimulator, server: StaticServer) -> Device:
     return Device(tmp_path, simulator, server.url)
+
+
+@pytest.fixture
+def v1(device: Device) -> Published:
+    """Version 1.0 committed under revision 1; reports and swaps so far are forgotten."""
+    release = publish(device, "1.0")
+    device.order(device.simulator.order(release, rev=1))
+    assert device.active_version == "1.0"
+    device.ports.reports.clear()
+    device.ports.swaps.clear()
+    return release
