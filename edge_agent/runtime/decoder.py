@@ -43,7 +43,13 @@ class Drafts(Protocol):
     """Guesses what follows."""
 
     def propose(
-        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+        self,
+        answer: Sequence[int],
+        prompt: Sequence[int],
+        ways: Sequence[Sequence[int]] = (),
+        *,
+        alternatives: bool,
+        company: int = 1,
     ) -> Guess:
         """As `AnswerDrafts.propose`."""
 
@@ -176,11 +182,12 @@ class Lane:
         """The answer; None while something is left to be chosen."""
         return self._finished
 
-    def ask(self, *, alternatives: bool = False) -> Ask:
+    def ask(self, *, alternatives: bool = False, company: int = 1) -> Ask:
         """What the next pass must hold.
 
         Args:
             alternatives: whether it may hold several guesses at the same token.
+            company: lanes that are to be answered together, this one included.
 
         Raises:
             PermanentError: ``worker.deadline``.
@@ -193,7 +200,8 @@ class Lane:
         guess = NOTHING
         if self._drafts is not None:
             answer = known[len(self._prompt) :]
-            guess = self._drafts.propose(answer, self._prompt, self._known.ways, alternatives=alternatives)
+            ways = self._known.ways
+            guess = self._drafts.propose(answer, self._prompt, ways, alternatives=alternatives, company=company)
             guess = guess.first(max(0, self._room_tokens - len(known)))
         first = len(known) - keep  # offset of the guess
         return Ask(

@@ -280,7 +280,13 @@ class AnswerDrafts:
             self._learn_copies(answer, places, prompt)
 
     def propose(
-        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+        self,
+        answer: Sequence[int],
+        prompt: Sequence[int],
+        ways: Sequence[Sequence[int]] = (),
+        *,
+        alternatives: bool,
+        company: int = 1,
     ) -> Guess:
         """What may follow.
 
@@ -289,6 +295,7 @@ class AnswerDrafts:
             prompt: token ids of the event.
             ways: the ways on from here as far as they are known, each up to where scores are asked for next.
             alternatives: whether several guesses at the same token may be made.
+            company: answers that are to be found together: each saves its share of a pass only.
 
         Returns:
             A guess, empty where none pays.
@@ -296,11 +303,12 @@ class AnswerDrafts:
         node: _Node | None = self._root
         for token in answer:
             node = node.after.get(token) if node else None
-        guess = _Growing(alternatives=alternatives, fixed_tokens=self._cost.fixed_tokens)
+        fixed_tokens = self._cost.fixed_tokens / company
+        guess = _Growing(alternatives=alternatives, fixed_tokens=fixed_tokens)
         similar = _continuing(self._events.to(prompt), 0, answer)
         self._grow(guess, -1, _Place(node or _Node(), len(answer), similar, 1.0), ways)
         if not guess.tokens and self._copies:
-            return self._from_event(answer, prompt)
+            return self._from_event(answer, prompt, fixed_tokens)
         return Guess(tuple(guess.tokens), tuple(guess.follows), tuple(sorted(guess.asks)))
 
     def _grow(self, guess: _Growing, at: int, place: _Place, ways: Sequence[Sequence[int]]) -> None:
@@ -323,10 +331,10 @@ class AnswerDrafts:
                 similar = _continuing(place.similar, place.length, segment)
                 self._grow(guess, last, _Place(end, place.length + len(segment), similar, chance), ())
 
-    def _from_event(self, answer: Sequence[int], prompt: Sequence[int]) -> Guess:
+    def _from_event(self, answer: Sequence[int], prompt: Sequence[int], fixed_tokens: float) -> Guess:
         """The words that follow in the event where the answer's last words stand (prompt lookup decoding)."""
         copied = _continuation(answer, prompt)
-        if not copied or not _pays(self._copied_right / self._copied, 1, self._cost.fixed_tokens):
+        if not copied or not _pays(self._copied_right / self._copied, 1, fixed_tokens):
             return NOTHING
         places = range(len(copied))
         return Guess(tuple(copied), tuple(place - 1 for place in places), tuple(places))

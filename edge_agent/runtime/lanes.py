@@ -86,12 +86,13 @@ def _joins(group: Waiting, row: int, ask: Ask, fixed_tokens: float, room_tokens:
 
 def _waiting(lanes: Sequence[Lane], faults: list[EdgeError | None], *, alternatives: bool) -> Waiting:
     unfinished = [row for row, lane in enumerate(lanes) if lane.decoded is None and faults[row] is None]
+    company = len(unfinished)
     # Rows that share a pass gain more than one that tries two ways at once.
-    alternatives = alternatives and len(unfinished) == 1
+    alternatives = alternatives and company == 1
     waiting: Waiting = []
     for row in unfinished:
         try:
-            waiting.append((row, lanes[row].ask(alternatives=alternatives)))
+            waiting.append((row, lanes[row].ask(alternatives=alternatives, company=company)))
         except EdgeError as error:
             faults[row] = error
     return waiting

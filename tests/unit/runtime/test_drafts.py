@@ -231,3 +231,15 @@ def test_a_clock_that_jumps_leaves_a_usable_estimate() -> None:
     for tokens, seconds in ((1, 5.0), (70, 0.0), (7, 0.0), (45, 0.001), *[(9, 0.0)] * 10):
         cost.learn(tokens, seconds)
     assert 1.0 <= cost.fixed_tokens <= 64.0
+
+
+def test_a_guess_that_saves_a_share_of_a_pass_is_worth_fewer_tokens() -> None:
+    cost = PassCost()
+    for tokens in (10, 30, 50, 70) * 4:
+        cost.learn(tokens, 0.001 * (20 + tokens))
+    drafts = AnswerDrafts(cost)
+    for answer in [RIGHT, OTHER] * 20:  # 3 tokens that are right about every other time
+        drafts.learn(answer, ASKED)
+    alone, in_company = (drafts.propose([10], [], alternatives=False, company=count) for count in (1, 16))
+    assert len(alone.tokens) == 3
+    assert in_company.tokens == ()

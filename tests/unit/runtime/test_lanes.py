@@ -95,7 +95,13 @@ class WildDrafts:
         self._right = list(right)
 
     def propose(
-        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+        self,
+        answer: Sequence[int],
+        prompt: Sequence[int],
+        ways: Sequence[Sequence[int]] = (),
+        *,
+        alternatives: bool,
+        company: int = 1,
     ) -> Guess:
         length = self._random.randrange(12)
         rest = self._right[len(answer) :] if self._right[: len(answer)] == list(answer) else []
@@ -124,7 +130,13 @@ class Nothing:
     """Never guesses."""
 
     def propose(
-        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+        self,
+        answer: Sequence[int],
+        prompt: Sequence[int],
+        ways: Sequence[Sequence[int]] = (),
+        *,
+        alternatives: bool,
+        company: int = 1,
     ) -> Guess:
         return NOTHING
 
@@ -224,6 +236,34 @@ def test_a_guess_that_the_memory_has_no_room_for_is_cut_to_what_fits(plan: Answe
         assert max(asked.score_at) < len(asked.tokens)
 
 
+class AsksForCompany(Nothing):
+    """Never guesses, and remembers how many answers it was to guess together with."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def propose(
+        self,
+        answer: Sequence[int],
+        prompt: Sequence[int],
+        ways: Sequence[Sequence[int]] = (),
+        *,
+        alternatives: bool,
+        company: int = 1,
+    ) -> Guess:
+        self.seen.append(company)
+        return NOTHING
+
+
+def test_a_guess_is_told_how_many_answers_are_still_missing(plan: AnswerPlan) -> None:
+    drafts = [AsksForCompany() for _ in range(3)]
+    deadlines = [FAR, FAR, time.monotonic()]
+    lanes = [Lane(plan, [20 + n, 3], {}, deadlines[n], drafts[n]) for n in range(3)]
+    run_lanes(HashRows(3, 1), START, lanes, PassCost(), alternatives=True)
+    assert [one.seen[0] for one in drafts[:2]] == [3, 3]
+    assert {one.seen[-1] for one in drafts[:2]} <= {1, 2}
+
+
 def test_short_passes_are_shared(plan: AnswerPlan) -> None:
     cache = HashRows(4, 1)
     lanes = [Lane(plan, [20 + row, 3, 4], {}, FAR) for row in range(4)]
@@ -289,7 +329,13 @@ class TwoWays:
         self._wrong, self._right = wrong, right
 
     def propose(
-        self, answer: Sequence[int], prompt: Sequence[int], ways: Sequence[Sequence[int]] = (), *, alternatives: bool
+        self,
+        answer: Sequence[int],
+        prompt: Sequence[int],
+        ways: Sequence[Sequence[int]] = (),
+        *,
+        alternatives: bool,
+        company: int = 1,
     ) -> Guess:
         tokens = (*self._wrong, *self._right)
         follows = (*range(-1, len(self._wrong) - 1), -1, *range(len(self._wrong), len(tokens) - 1))
