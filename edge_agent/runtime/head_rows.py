@@ -28,8 +28,10 @@ class HeadRows:
         self.vocab_size = vocab_size
         self.whole = ids is None
         self.ids: NDArray[np.int64] = np.arange(vocab_size) if ids is None else ids.astype(np.int64)  # (rows,)
-        self._rows = self.ids if ids is None else np.argsort(self.ids)  # (rows,): of the tokens in ascending order
-        self._ascending = known = self.ids if ids is None else self.ids[self._rows]
+        self._rows = self._ascending = known = self.ids
+        if ids is not None:
+            self._rows = np.argsort(self.ids)  # (rows,): of the tokens in ascending order
+            self._ascending = known = self.ids[self._rows]
         if not len(known) or known[0] < 0 or known[-1] >= vocab_size or bool((np.diff(known) == 0).any()):
             raise PermanentError("bundle.unsupported", f"the head's rows are no different tokens below {vocab_size}")
 

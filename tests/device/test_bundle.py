@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.contract.dsse import generate_key, private_key_to_pem, public_key_to_pem
 from edge_agent.contract.manifest import read_manifest
-from edge_agent.errors import EdgeError, IntegrityError, PermanentError, RefusedError
+from edge_agent.errors import IntegrityError, PermanentError, RefusedError
 from edge_agent.runtime.bundle import open_installed_bundle
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.head_start import HeadStart
@@ -19,6 +19,7 @@ from edge_agent.runtime.signed_bundle import PACKAGED_KEYS, load_trusted_keys, o
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 from tests.fakes.bundles import BundleVariant
+from tests.fakes.faults import fault_of
 
 Variant = Callable[[], BundleVariant]
 DECODER = "model/decoder.onnx"
@@ -27,12 +28,6 @@ CALIBRATION = "tasks/triage/calibration.json"
 
 def load(bundle: BundleVariant) -> Engine:
     return Engine(open_signed_bundle(bundle.path, [bundle.public_key]), 1)
-
-
-def fault_of(call: Callable[[], object]) -> EdgeError:
-    with pytest.raises(EdgeError) as caught:
-        call()
-    return caught.value
 
 
 def test_reference_bundle_is_signed_by_the_packaged_key(reference_bundle: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from edge_agent.contract.event import Event
-from edge_agent.errors import EdgeError, PermanentError, TransientError
+from edge_agent.errors import PermanentError, TransientError
 from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
@@ -15,6 +15,7 @@ from tests.fakes import damaged_graphs
 from tests.fakes.answers import timeless
 from tests.fakes.bundles import BundleVariant
 from tests.fakes.damaged_graphs import LONG_EVENT, Damage
+from tests.fakes.faults import fault_of
 
 SHORT: Event = {"machine": "press-4", "code": "E217", "text": "hydraulic pressure below setpoint for 12 s"}
 OTHERS: tuple[Event, ...] = ({"machine": "m"}, {"text": "oven zone 3 overtemperature"})
@@ -49,12 +50,6 @@ def worker_on() -> Iterator[Callable[..., WorkerProcess]]:
     yield start
     for worker in started:
         worker.stop()
-
-
-def fault_of(call: Callable[[], object]) -> EdgeError:
-    with pytest.raises(EdgeError) as caught:
-        call()
-    return caught.value
 
 
 def test_a_pass_that_does_not_end_is_ended_at_the_deadline_and_the_next_event_is_answered(

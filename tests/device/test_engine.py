@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,9 @@ import yaml
 
 from edge_agent.contract.event import Event
 from edge_agent.contract.manifest import read_manifest
-from edge_agent.errors import EdgeError, PermanentError, RefusedError
+from edge_agent.errors import PermanentError, RefusedError
 from edge_agent.runtime.answer import Answer
-from edge_agent.runtime.bench import bench
 from edge_agent.runtime.engine import Engine
-from edge_agent.runtime.golden import run_golden
 from export.proof.greedy import GreedyDecoder
 from tests.fakes.answers import timeless
 from tests.fakes.bundles import BundleVariant
@@ -383,45 +380,3 @@ def test_two_tasks_on_one_model_do_not_disturb_each_other(variant: Callable[[], 
     decide(both, EVENT, task="other")
     assert timeless(decide(both, EVENT)) == expected
     assert set(both.tasks) == {"triage", "other"}
-
-
-def test_golden_examples_of_the_bundle_are_answered(engine: Engine) -> None:
-    outcome = run_golden(engine)
-    assert outcome.total == len(engine.golden("triage")) > 0
-    assert outcome.wrong == ()
-
-
-def test_golden_example_that_cannot_be_decided_is_wrong_with_the_code(variant: Callable[[], BundleVariant]) -> None:
-    bundle = variant()
-    golden = (bundle.path / "tasks/triage/golden.jsonl").read_text().splitlines()[0]
-    example = json.loads(golden)
-    example["event"] = {"nothing": "the template knows"}
-    bundle.put("tasks/triage/golden.jsonl", json.dumps(example))
-    bundle.seal()
-    outcome = run_golden(Engine(bundle.open(), 1))
-    assert [miss.error for miss in outcome.wrong] == ["event.no_known_field"]
-    assert outcome.p95_ms == 0.0
-
-
-def test_bench_reports_the_contracted_figures(engine: Engine) -> None:
-    figures = bench(engine, "triage", some_events(4), seconds=0.2)
-    contracted = {
-        "decisions_per_s", "p50_ms", "p95_ms", "decode_tok_per_s", "prefill_tok_per_s",
-        "peak_rss_bytes", "load_s", "first_decision_s", "tokens_out", "passes",
-        "prefix_prefill_ms", "event_prefill_ms", "decode_pass_ms", "prefix_tokens", "event_tokens",
-    }  # fmt: skip
-    assert contracted <= set(figures)
-    assert all(figures[name] > 0 for name in contracted)
-    assert figures["machine"].startswith(platform.machine())
-    with pytest.raises(EdgeError, match="no event"):
-        bench(engine, "triage", [], seconds=0.1)
-
-
-def test_bench_leaves_the_prefix_as_it_was(variant: Callable[[], BundleVariant]) -> None:
-    engine = Engine(variant().open(), 1)
-    event = some_events(1)[0]
-    before = engine.decide("triage", event, deadline_s=30)
-    bench(engine, "triage", some_events(2), seconds=0.1)
-    after = engine.decide("triage", event, deadline_s=30)
-    assert after.decision == before.decision
-    assert after.confidence == pytest.approx(before.confidence, abs=1e-6)

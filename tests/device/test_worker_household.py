@@ -18,7 +18,9 @@ import pytest
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 from tests.fakes.bundles import BundleVariant
-from tests.fakes.workers import CALM, EVENT, FAKE, fake_worker, fault_of, gone, wait_until
+from tests.fakes.faults import fault_of
+from tests.fakes.mqtt_peer import wait_until
+from tests.fakes.workers import CALM, EVENT, FAKE, fake_worker, gone
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +82,7 @@ def test_worker_dies_with_the_agent() -> None:
         assert agent.stdout is not None
         worker_pid = int(agent.stdout.readline())
         agent.kill()
-    assert wait_until(lambda: gone(worker_pid))
+    wait_until(lambda: gone(worker_pid), timeout_s=20.0)
 
 
 def test_worker_outlives_the_thread_that_started_it() -> None:
@@ -125,7 +127,7 @@ def test_the_threads_stop_spinning_with_the_answer_and_then_none_runs_at_all(
         worker.decide("triage", EVENT, 600.0)
         answered = _runs(worker.pid)
         # On a busy machine it may take a while until the last thread gets to sleep.
-        assert wait_until(lambda: _is_quiet(worker.pid)), "something wakes up to look around"
+        wait_until(lambda: _is_quiet(worker.pid), timeout_s=20.0)  # else something wakes up to look around
         idle = _runs(worker.pid)
         assert len(idle) >= 2, "the pool's thread is among them"
         # Left to itself the pool spins on for some 20 ms of processor time.

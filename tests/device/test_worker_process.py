@@ -16,7 +16,8 @@ from edge_agent.errors import EdgeError, IntegrityError, PermanentError, Refused
 from edge_agent.runtime.frames import MAX_FRAME_BYTES
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
-from tests.fakes.workers import CALM, EVENT, FAKE, SMALL_MEMORY, Log, fake_worker, fault_of, gone
+from tests.fakes.faults import fault_of
+from tests.fakes.workers import CALM, EVENT, FAKE, SMALL_MEMORY, Log, fake_worker, gone
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from edge_agent.contract.event import Event
-from edge_agent.errors import EdgeError
 from edge_agent.runtime.worker_process import WorkerProcess
 from edge_agent.settings import WorkerSettings
 
@@ -54,24 +50,9 @@ def fake_worker(log: Log | None = None, bundle: str = "any", **settings: float) 
         worker.stop()
 
 
-def fault_of(call: Callable[[], object]) -> EdgeError:
-    with pytest.raises(EdgeError) as caught:
-        call()
-    return caught.value
-
-
 def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie that its new parent has not reaped yet counts)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end_s:
-            return False
-        time.sleep(0.01)
-    return True

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import paho.mqtt.client as paho
@@ -25,15 +25,12 @@ from deploy.demo.wire import open_client
 from edge_agent.contract.event import event_id, parse_event
 from edge_agent.contract.task import load_task, parse_task
 from edge_agent.errors import PermanentError
+from tests.fakes.mqtt_peer import wait_until
 
 REFERENCE_TASK = Path(__file__).parents[2] / "export/reference/task/task.yaml"
 
 
-def until(done: Callable[[], bool], *, within_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not done():
-        assert time.monotonic() < deadline_s, "did not happen in time"
-        time.sleep(0.01)
+until = partial(wait_until, timeout_s=10.0)
 
 
 class TestEvents:

@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,13 @@ import pytest
 from edge_agent.contract.messages import Reported
 from edge_agent.update.machine import Record
 from edge_agent.update.updater import Updater
+from tests.fakes.mqtt_peer import wait_until
 from tests.fakes.release_simulator import Published
 from tests.fakes.update_ports import FakePorts
 from tests.update.conftest import NODE, Device, find_in_this_process, publish
 
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll another thread's progress; generous, because a machine may be busy."""
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited a minute"
-        time.sleep(0.01)
+# Generous, because a machine may be busy.
+wait_a_minute = partial(wait_until, timeout_s=60.0)
 
 
 def test_the_thread_takes_an_order_from_another_thread_and_stops_when_told(device: Device) -> None:
@@ -37,7 +32,7 @@ def test_the_thread_takes_an_order_from_another_thread_and_stops_when_told(devic
     thread.start()
     try:
         updater.on_desired(device.simulator.order(release, probation_s=0.2))
-        wait_until(lambda: updater.reported().state == "committed")
+        wait_a_minute(lambda: updater.reported().state == "committed")
     finally:
         stop.set()
         thread.join(timeout=10)
@@ -66,7 +61,7 @@ def test_a_report_that_cannot_be_delivered_does_not_end_the_thread(device: Devic
     thread.start()
     try:
         updater.on_desired(device.simulator.order(release))
-        wait_until(lambda: updater.reported().state == "committed")
+        wait_a_minute(lambda: updater.reported().state == "committed")
     finally:
         stop.set()
         thread.join(timeout=10)
@@ -91,10 +86,10 @@ def test_nothing_is_done_that_cannot_be_written_down(device: Device, v1: Publish
         thread.start()
         try:
             device.updater.on_desired(device.simulator.order(v2, rev=2))
-            wait_until(lambda: device.error_code == "disk.full")
+            wait_a_minute(lambda: device.error_code == "disk.full")
             assert (device.state, device.active_version) == ("committed", "1.0")
             (full / "log").unlink()
-            wait_until(lambda: device.state == "committed" and device.active_version == "2.0")
+            wait_a_minute(lambda: device.state == "committed" and device.active_version == "2.0")
         finally:
             stop.set()
             thread.join(timeout=10)

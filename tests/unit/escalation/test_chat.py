@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from edge_agent.settings import EscalationSettings
 from tests.fakes.certificates import Authority
 from tests.fakes.chat_server import ChatServer, Turn, completion
 from tests.fakes.escalations import GOOD, case_of
+from tests.fakes.faults import fault_of
 from tests.fakes.mqtt_peer import wait_until
 
 KEY = "sk-zq-4711-very-secret"
@@ -47,12 +48,6 @@ def key_file(tmp_path: Path) -> Path:
 def endpoint(url: str, **settings: Any) -> ChatEndpoint:
     section = EscalationSettings.model_validate({"base_url": url, "model": "large", **settings})
     return ChatEndpoint(url, "large", section)
-
-
-def fault_of(call: Callable[[], object]) -> EdgeError:
-    with pytest.raises(EdgeError) as caught:
-        call()
-    return caught.value
 
 
 def test_a_question_is_one_post_with_the_key_and_the_answer_is_its_text(server: ChatServer, key_file: Path) -> None:
